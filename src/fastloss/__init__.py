@@ -1,0 +1,43 @@
+"""Softmax, negative log-likelihood, cross-entropy and their gradients at the speed of memory."""
+
+from fastloss._backend import (
+    available_backends,
+    get_backend,
+    get_num_threads,
+    set_backend,
+    set_num_threads,
+    show_config,
+    warmup,
+)
+from fastloss.functional import (
+    cross_entropy,
+    cross_entropy_with_grad,
+    log_softmax,
+    log_softmax_backward,
+    logsumexp,
+    nll_loss,
+    nll_loss_with_grad,
+    softmax,
+    softmax_backward,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "available_backends",
+    "cross_entropy",
+    "cross_entropy_with_grad",
+    "get_backend",
+    "get_num_threads",
+    "log_softmax",
+    "log_softmax_backward",
+    "logsumexp",
+    "nll_loss",
+    "nll_loss_with_grad",
+    "set_backend",
+    "set_num_threads",
+    "show_config",
+    "softmax",
+    "softmax_backward",
+    "warmup",
+]

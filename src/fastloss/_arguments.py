@@ -1,0 +1,350 @@
+"""The only input checks: they turn what users pass into what kernels take.
+
+Kernels take bare arrays in the normal form ``(outer, C, inner)``: C-contiguous, aligned, native
+byte order, indices in range.  Whatever lies densely in memory reaches that form as a view, in
+whichever order its axes lie; only gaps, overlaps and foreign byte orders cost a copy.
+"""
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+DEFAULT_IGNORE_INDEX = -100
+
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_FLOAT_NAMES = ("float32", "float64", "float16", "bfloat16")
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+class Logits(NamedTuple):
+    """An array of scores and the way to its normal form."""
+
+    array: np.ndarray  # as the user sees it
+    normal: np.ndarray  # (outer, C, inner)
+    axis: int  # the class axis, not negative
+    order: tuple[int, ...] | None  # the axes as they lie in memory; None: as the user sees them
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        """What losses are computed in and handed out as."""
+        return _FLOAT64 if self.array.dtype == _FLOAT64 else _FLOAT32
+
+    @property
+    def rows(self) -> "Rows":
+        shape = self.array.shape[: self.axis] + self.array.shape[self.axis + 1 :]
+        order = self.order
+        if order is not None:
+            order = tuple(a - (a > self.axis) for a in order if a != self.axis)
+        outer, _, inner = self.normal.shape
+        return Rows(shape, (outer, inner), order)
+
+    def normalize(self, array: np.ndarray) -> np.ndarray:
+        """Another array of the same shape in the same normal form, copied if it must be."""
+        return _normalize(array, self.order, self.normal.shape)
+
+
+class Rows(NamedTuple):
+    """The shape of what has one entry per row: targets, sample weights, losses."""
+
+    shape: tuple[int, ...]  # as the user sees it
+    normal_shape: tuple[int, ...]  # (outer, inner)
+    order: tuple[int, ...] | None
+
+    def normalize(self, array: np.ndarray) -> np.ndarray:
+        return _normalize(array, self.order, self.normal_shape)
+
+    def place(self, flat_index: int) -> str:
+        """The subscript of an entry, given its position in the normal form."""
+        if not self.shape:
+            return ""
+        order = self.order or tuple(range(len(self.shape)))
+        position = np.unravel_index(flat_index, [self.shape[a] for a in order])
+        subscript = sorted(zip(order, position, strict=True))
+        return "[" + ", ".join(str(int(index)) for _, index in subscript) + "]"
+
+
+def _normalize(
+    array: np.ndarray, order: tuple[int, ...] | None, normal_shape: tuple[int, ...]
+) -> np.ndarray:
+    if order is not None:
+        array = array.transpose(order)
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    return array.reshape(normal_shape)
+
+
+def logits(value: ArrayLike, axis: Any, name: str = "logits") -> Logits:
+    """Check an array of scores and bring it into the normal form."""
+    array = float_array(value, name)
+    ndim = array.ndim
+    try:
+        class_axis = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis = {axis!r} is not an integer") from None
+    if ndim == 0:
+        raise ValueError(f"{name} is a scalar; it needs an axis of classes")
+    if not -ndim <= class_axis < ndim:
+        raise ValueError(f"axis = {class_axis} is out of range for {name} of shape {array.shape}")
+    class_axis %= ndim
+    shape = array.shape
+    if shape[class_axis] == 0:
+        raise ValueError(f"{name} of shape {shape} has no classes along axis {class_axis}")
+
+    order = None
+    position = class_axis
+    if not array.flags.c_contiguous:
+        order = _memory_order(array)
+    if order is not None:
+        shape = tuple(shape[a] for a in order)
+        position = order.index(class_axis)
+    outer, inner = math.prod(shape[:position]), math.prod(shape[position + 1 :])
+    normal = _normalize(array, order, (outer, shape[position], inner))
+    return Logits(array, normal, class_axis, order)
+
+
+def _memory_order(array: np.ndarray) -> tuple[int, ...] | None:
+    """The order of axes in which `array` is C-contiguous, or None if there is none."""
+    # Axes of length 1 may have any stride: they go first, where they cannot be in the way.
+    order = sorted(range(array.ndim), key=lambda a: (array.shape[a] != 1, -array.strides[a]))
+    return tuple(order) if array.transpose(order).flags.c_contiguous else None
+
+
+def like_logits(value: ArrayLike, like: Logits, name: str, like_name: str) -> np.ndarray:
+    """An array of the same shape and dtype as another, in its normal form."""
+    array = float_array(value, name)
+    if array.shape != like.array.shape:
+        raise ValueError(
+            f"{name} has shape {array.shape}, expected {like.array.shape}, the shape of {like_name}"
+        )
+    if array.dtype != like.array.dtype:
+        raise TypeError(
+            f"{name} has dtype {array.dtype}, expected {like.array.dtype}, the dtype of {like_name}"
+        )
+    return like.normalize(array)
+
+
+def float_array(value: ArrayLike, name: str) -> np.ndarray:
+    """A plain, aligned, native array of one of the four float types."""
+    array = _plain_array(value, name)
+    if array is not value and array.dtype.kind in "iu" and not hasattr(value, "dtype"):
+        return array.astype(_FLOAT64)  # Python numbers: [5, 4, 2] means [5.0, 4.0, 2.0]
+    dtype = array.dtype
+    # The two common types first: a dtype's name takes a microsecond to make up.
+    if dtype is not _FLOAT32 and dtype is not _FLOAT64 and dtype.name not in _FLOAT_NAMES:
+        raise TypeError(f"{name} has dtype {dtype}; expected one of {', '.join(_FLOAT_NAMES)}")
+    return _behaved(array)
+
+
+def _plain_array(value: ArrayLike, name: str) -> np.ndarray:
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; fill it first")
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:  # ragged lists, for one
+        raise ValueError(f"{name} cannot be read as an array: {error}") from error
+
+
+def _behaved(array: np.ndarray) -> np.ndarray:
+    """Aligned and in native byte order."""
+    if not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array if array.flags.aligned else array.copy()
+
+
+def target(value: ArrayLike, x: Logits, rows: Rows, probabilities: bool) -> np.ndarray:
+    """Class indices in the form ``(outer, inner)``, or probabilities in the form of the logits.
+
+    Whether the indices are in range is for the kernel ``check_target`` to find out.
+    """
+    array = _plain_array(value, "target")
+    kind = array.dtype.kind
+    if kind in "iu":
+        if array.shape != rows.shape:
+            raise ValueError(
+                f"target has shape {array.shape}, expected {rows.shape} for logits of shape "
+                f"{x.array.shape} with the classes along axis {x.axis}"
+            )
+        return rows.normalize(_behaved(array))
+    if array.size == 0 and array.shape == rows.shape and not hasattr(value, "dtype"):
+        return np.empty(rows.normal_shape, np.int64)  # [] has no dtype to speak of
+    if kind != "f" and array.dtype.name != "bfloat16":
+        raise TypeError(
+            f"target has dtype {array.dtype}; expected integers{' or probabilities' * probabilities}"
+        )
+    if not probabilities:
+        raise TypeError(f"target has dtype {array.dtype}; expected integers, the class indices")
+    if array.shape != x.array.shape:
+        raise ValueError(
+            f"target has shape {array.shape}, expected {x.array.shape}, the shape of the logits, "
+            f"for probabilities; class indices are integers"
+        )
+    # Kernels read probabilities in the dtype of the logits or in the one they compute in.
+    array = _behaved(array)
+    if array.dtype != x.array.dtype:
+        array = array.astype(x.compute_dtype, copy=False)
+    return x.normalize(array)
+
+
+def raise_target_out_of_range(value: ArrayLike, x: Logits, rows: Rows, flat_index: int) -> NoReturn:
+    offender = rows.normalize(np.asarray(value)).flat[flat_index]
+    raise IndexError(
+        f"target{rows.place(flat_index)} = {offender} is out of range for "
+        f"{x.normal.shape[1]} classes"
+    )
+
+
+def class_weight(value: ArrayLike | None, x: Logits) -> np.ndarray | None:
+    """float64 weights of the classes."""
+    if value is None:
+        return None
+    shape = (x.normal.shape[1],)
+    array = _weights(value, shape, "weight", f"for {shape[0]} classes")
+    return np.ascontiguousarray(array)
+
+
+def sample_weight(value: ArrayLike | None, rows: Rows) -> np.ndarray | None:
+    """float64 weights of the rows in the form ``(outer, inner)``."""
+    if value is None:
+        return None
+    return rows.normalize(_weights(value, rows.shape, "sample_weight", "the shape of the rows"))
+
+
+def _weights(value: ArrayLike, shape: tuple[int, ...], name: str, reason: str) -> np.ndarray:
+    array = _plain_array(value, name)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers")
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape} {reason}")
+    array = _behaved(array).astype(_FLOAT64, copy=False)
+    good = np.isfinite(array) & (array >= 0)
+    if not good.all():
+        place = np.argwhere(~good)[0]
+        subscript = f"[{', '.join(map(str, place))}]" if shape else ""
+        raise ValueError(
+            f"{name}{subscript} = {array[tuple(place)]} is not a finite number of at least 0"
+        )
+    return array
+
+
+def ignore_index(value: Any) -> int:
+    try:
+        index = operator.index(value)
+    except TypeError:
+        raise TypeError(f"ignore_index = {value!r} is not an integer") from None
+    if not -(1 << 63) <= index < 1 << 63:
+        raise ValueError(f"ignore_index = {index} does not fit a 64-bit integer")
+    return index
+
+
+def refuse_ignore_index(index: int) -> None:
+    if index != DEFAULT_IGNORE_INDEX:
+        raise ValueError(f"ignore_index = {index} is for class indices; target holds probabilities")
+
+
+def label_smoothing(value: Any) -> float:
+    number = _real(value, "label_smoothing")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"label_smoothing = {number} is out of range; it must be from 0 to 1")
+    return number
+
+
+def z_loss(value: Any) -> float:
+    number = _real(value, "z_loss")
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"z_loss = {number} is not a finite number of at least 0")
+    return number
+
+
+def reduction(value: Any, normalizer: Any) -> float | None:
+    """Check the reduction; return the normalizer that is to replace the mean's own divisor."""
+    if not isinstance(value, str) or value not in _REDUCTIONS:
+        raise ValueError(f"reduction = {value!r} is not one of {', '.join(map(repr, _REDUCTIONS))}")
+    if normalizer is None:
+        return None
+    if value != "mean":
+        raise ValueError(f"normalizer replaces the divisor of the mean; reduction = {value!r}")
+    number = _real(normalizer, "normalizer")
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"normalizer = {number} is not a finite number above 0")
+    return number
+
+
+def _real(value: Any, name: str) -> float:
+    if not isinstance(value, (str, bytes)):  # float() would read those, too
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    raise TypeError(f"{name} = {value!r} is not a real number")
+
+
+class Output(NamedTuple):
+    """Where a kernel writes, and what the user gets."""
+
+    array: np.ndarray  # as the user sees it
+    normal: np.ndarray  # as the kernel writes it
+    detour: bool  # the kernel's array is not the user's memory: copy when done
+    order: tuple[int, ...] | None
+
+    def deliver(self) -> np.ndarray:
+        if self.detour:
+            self.array[...] = _as_user(self.normal, self.array.shape, self.order)
+        return self.array
+
+
+def _as_user(
+    normal: np.ndarray, shape: tuple[int, ...], order: tuple[int, ...] | None
+) -> np.ndarray:
+    if order is None:
+        return normal.reshape(shape)
+    return normal.reshape([shape[a] for a in order]).transpose(np.argsort(order))
+
+
+def output(
+    out: np.ndarray | None,
+    like: Logits | Rows,
+    dtype: np.dtype,
+    inputs: Iterable[np.ndarray | None],
+    in_place: Iterable[np.ndarray] = (),
+) -> Output:
+    """The array to write, new or the user's own.
+
+    Kernels may write over the arrays `in_place` if it is exactly they, and over no other input:
+    where `out` overlaps any in another way the kernel writes elsewhere and the result is copied.
+    """
+    if isinstance(like, Logits):
+        shape, normal_shape, order = like.array.shape, like.normal.shape, like.order
+    else:
+        shape, normal_shape, order = like
+    if out is None:
+        normal = np.empty(normal_shape, dtype)
+        return Output(_as_user(normal, shape, order), normal, False, order)
+
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out is a {type(out).__name__}, expected a numpy.ndarray")
+    if out.dtype != dtype:
+        raise TypeError(f"out has dtype {out.dtype}, expected {dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}, expected {shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    in_memory = out if order is None else out.transpose(order)
+    if in_memory.flags.c_contiguous and out.flags.aligned and out.dtype.isnative:
+        normal = in_memory.view(np.ndarray).reshape(normal_shape)
+        clear = all(array is None or not np.may_share_memory(out, array) for array in inputs)
+        if clear and all(_same_or_apart(normal, array) for array in in_place):
+            return Output(out, normal, False, order)
+    return Output(out, np.empty(normal_shape, dtype), True, order)
+
+
+def _same_or_apart(a: np.ndarray, b: np.ndarray) -> bool:
+    if not np.may_share_memory(a, b):
+        return True
+    address = a.__array_interface__["data"][0]
+    return a.nbytes == b.nbytes and address == b.__array_interface__["data"][0]

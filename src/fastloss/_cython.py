@@ -1,0 +1,67 @@
+"""The Cython backend: picks the build of ``_kernels`` for this CPU and forwards to it.
+
+``FASTLOSS_ISA`` forces one of the builds, so that each can be tested on a machine that could run
+a better one.
+"""
+
+import importlib
+import os
+from types import ModuleType
+
+_BUILDS = {  # best first: module, and the x86-64 level that the CPU must reach
+    "x86-64-v4": ("fastloss._kernels_v4", 4),
+    "x86-64-v3": ("fastloss._kernels_v3", 3),
+    "baseline": ("fastloss._kernels_baseline", 0),
+}
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that were built and that this CPU runs, best first."""
+    return [isa for isa in _BUILDS if _why_not(isa) is None]
+
+
+def _why_not(isa: str) -> str | None:
+    """Why a build cannot be used here, or None."""
+    path, level = _BUILDS[isa]
+    baseline = importlib.import_module(_BUILDS["baseline"][0])
+    if level and not baseline.cpu_runs(level):
+        return "this CPU lacks instructions that it needs"
+    try:
+        importlib.import_module(path)
+    except ImportError as error:
+        return f"it was not built ({error})"
+    return None
+
+
+def _pick() -> tuple[str, ModuleType]:
+    isa = os.environ.get("FASTLOSS_ISA")
+    if not isa:
+        isa = available_isas()[0]
+    elif isa not in _BUILDS:
+        names = ", ".join(repr(name) for name in _BUILDS)
+        raise ValueError(f"FASTLOSS_ISA = {isa!r} is not an instruction set; choose one of {names}")
+    elif reason := _why_not(isa):
+        raise ValueError(f"FASTLOSS_ISA = {isa!r} cannot be used: {reason}")
+    return isa, importlib.import_module(_BUILDS[isa][0])
+
+
+_isa, _kernels = _pick()
+
+softmax = _kernels.softmax
+log_softmax = _kernels.log_softmax
+logsumexp = _kernels.logsumexp
+softmax_backward = _kernels.softmax_backward
+log_softmax_backward = _kernels.log_softmax_backward
+check_target = _kernels.check_target
+cross_entropy = _kernels.cross_entropy
+cross_entropy_soft = _kernels.cross_entropy_soft
+nll_loss = _kernels.nll_loss
+
+
+def describe() -> dict[str, str]:
+    """What show_config says of this backend."""
+    openmp = _kernels.openmp_version()
+    return {
+        "cython instruction set": f"{_isa} (usable here: {', '.join(available_isas())})",
+        "cython OpenMP": str(openmp) if openmp else "none: this build is serial",
+    }

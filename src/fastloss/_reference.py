@@ -1,0 +1,211 @@
+"""The NumPy backend: the specification that the compiled kernels are held against.
+
+Every function takes the same arguments as its namesakes in ``_numba`` and ``_cython`` and says,
+as plainly as NumPy allows, what they must compute.  All arithmetic is float64; results are rounded
+once on the way out.  Temporaries as large as the logits are fine here and nowhere else.
+
+The kernel contract, common to the three backends
+-------------------------------------------------
+``_arguments`` hands over bare arrays, already checked:
+
+logits, log_probs, probs, grad_output, out, grad
+    ``(outer, C, inner)``, C-contiguous, aligned, native; float32, float64, float16 or bfloat16.
+    ``out`` and ``grad`` have the dtype of the input and either are the input or do not overlap it.
+target
+    ``(outer, inner)``, C-contiguous, any integer dtype; or probabilities shaped like the logits.
+weight, sample_weight
+    float64, ``(C,)`` and ``(outer, inner)``, or None.
+losses
+    ``(outer, inner)``, the compute dtype (float64 for float64 logits, otherwise float32), or None.
+scale
+    The factor on the gradient: 1 / normalizer, or 1, or 0 where the normalizer is 0 (every gradient
+    is then +0).  Losses are never scaled.
+num_threads
+    At least 1.
+
+A loss kernel returns the float64 sum of its row losses, each first rounded to the compute dtype.
+"""
+
+import numpy as np
+
+COMPUTE_DTYPE = {"float64": np.dtype(np.float64)}  # every other dtype computes in float32
+FLOAT32 = np.dtype(np.float32)
+
+
+def softmax(logits, out, num_threads):
+    x, m, k = _shifted(logits)
+    e = np.exp(x)
+    total = 1.0 + _sum_others(e, k)
+    _round_to(out, e / total)
+
+
+def log_softmax(logits, out, num_threads):
+    x, m, k = _shifted(logits)
+    _round_to(out, x - np.log1p(_sum_others(np.exp(x), k)))
+
+
+def logsumexp(logits, out, num_threads):
+    x, m, k = _shifted(logits)
+    _round_to(out, (m + np.log1p(_sum_others(np.exp(x), k)))[:, 0, :])
+
+
+def softmax_backward(grad_output, probs, out, num_threads):
+    g, p = _float64(grad_output), _float64(probs)
+    with np.errstate(all="ignore"):
+        _round_to(out, p * (g - (g * p).sum(axis=1, keepdims=True)))
+
+
+def log_softmax_backward(grad_output, log_probs, out, num_threads):
+    g, log_p = _float64(grad_output), _float64(log_probs)
+    with np.errstate(all="ignore"):
+        _round_to(out, g - np.exp(log_p) * g.sum(axis=1, keepdims=True))
+
+
+def check_target(target, weight, sample_weight, num_classes, ignore_index, num_threads):
+    """Flat index of the first target out of range, or -1; and the divisor of the mean."""
+    used = target != ignore_index
+    bad = used & ((target < 0) | (target >= num_classes))
+    if bad.any():
+        return int(np.flatnonzero(bad)[0]), 0.0
+    row_weight = np.ones(target.shape) if sample_weight is None else sample_weight
+    if weight is not None:
+        row_weight = row_weight * weight[np.where(used, target, 0).astype(np.intp)]
+    return -1, float(row_weight[used].sum())
+
+
+def cross_entropy(
+    logits, target, weight, sample_weight, ignore_index, label_smoothing, z_loss, scale,
+    losses, grad, num_threads,
+):  # fmt: skip
+    num_classes = logits.shape[1]
+    used = target != ignore_index
+    y = np.where(used, target, 0).astype(np.intp)[:, None, :]
+    w = np.ones(num_classes) if weight is None else weight
+    w_y = w[y]
+    row_weight = _row_weight(used, sample_weight)
+    row_weight[(w_y == 0) & (label_smoothing * w.sum() == 0) & (z_loss == 0)] = 0
+    w = w[None, :, None]
+    u = label_smoothing / num_classes
+
+    # 1. reduce: m, the sum of exponentials over the classes other than the target, x_y.
+    x, m, _ = _shifted(_mute(logits, row_weight))
+    e = np.exp(x)
+    x_y, e_y = np.take_along_axis(x, y, 1), np.take_along_axis(e, y, 1)
+    others = _sum_others(e, y)
+    total = others + e_y
+
+    # 2. the scalar step: the loss and the coefficients of the gradient.
+    with np.errstate(all="ignore"):
+        log_s = np.log1p(others + (e_y - 1))
+        lse = m + log_s
+        b = (1 - label_smoothing) * w_y
+        spread = u * w.sum()
+        z_slope = 2 * z_loss * lse if z_loss else 0.0
+        loss = _times(b, log_s - x_y) + z_slope * lse / 2
+        if u:
+            loss = loss + spread * log_s + u * _times(w, -x).sum(axis=1, keepdims=True)
+        a = b + spread + z_slope
+
+        # 3. write: a p_c - u w_c, and at the target the same minus b without cancellation.
+        if grad is not None:
+            g = a * (e / total) - u * w
+            g_y = spread + z_slope - u * w_y - a * (others / total)
+            np.put_along_axis(g, y, g_y, 1)
+            _round_to(grad, np.where(row_weight * scale == 0, 0.0, g * (row_weight * scale)))
+    return _deliver(loss, row_weight, losses, logits)
+
+
+def cross_entropy_soft(
+    logits, target, weight, sample_weight, label_smoothing, z_loss, scale, losses, grad, num_threads
+):
+    num_classes = logits.shape[1]
+    row_weight = _row_weight(np.ones((logits.shape[0], logits.shape[2]), bool), sample_weight)
+    w = np.ones(num_classes) if weight is None else weight
+    t = (1 - label_smoothing) * _float64(target) + label_smoothing / num_classes
+    wt = w[None, :, None] * t
+    a = wt.sum(axis=1, keepdims=True)
+
+    x, m, k = _shifted(_mute(logits, row_weight))
+    e = np.exp(x)
+    others = _sum_others(e, k)
+    with np.errstate(all="ignore"):
+        log_s = np.log1p(others)
+        lse = m + log_s
+        z_slope = 2 * z_loss * lse if z_loss else 0.0
+        loss = a * log_s + _times(wt, -x).sum(axis=1, keepdims=True) + z_slope * lse / 2
+        if grad is not None:
+            g = (a + z_slope) * (e / (1 + others)) - wt
+            # At the row's maximum p is near 1: subtract before, not after, the rounding of p.
+            g_k = _sum_others(wt, k) + z_slope - (a + z_slope) * (others / (1 + others))
+            np.put_along_axis(g, k, g_k, 1)
+            _round_to(grad, np.where(row_weight * scale == 0, 0.0, g * (row_weight * scale)))
+    return _deliver(loss, row_weight, losses, logits)
+
+
+def nll_loss(
+    log_probs, target, weight, sample_weight, ignore_index, scale, losses, grad, num_threads
+):
+    used = target != ignore_index
+    y = np.where(used, target, 0).astype(np.intp)[:, None, :]
+    row_weight = _row_weight(used, sample_weight)
+    if weight is not None:
+        row_weight *= weight[y]
+    with np.errstate(all="ignore"):
+        loss = -_float64(np.take_along_axis(log_probs, y, 1))
+    if grad is not None:
+        grad[...] = 0
+        g_y = np.where(row_weight == 0, 0.0, -scale * row_weight)
+        np.put_along_axis(grad, y, g_y.astype(FLOAT32 if grad.itemsize == 2 else grad.dtype), 1)
+    return _deliver(loss, row_weight, losses, log_probs)
+
+
+def _shifted(logits):
+    """x - m, the maximum m and its index, per row; x - m of a row without a finite maximum is NaN."""
+    x = _float64(logits)
+    k = np.where(np.isnan(x), np.inf, x).argmax(axis=1, keepdims=True)
+    m = np.take_along_axis(x, k, 1)
+    with np.errstate(all="ignore"):
+        return x - m, m, k
+
+
+def _sum_others(e, index):
+    """The sum along the classes without the entry at `index`, which would swamp the others."""
+    rest = e.copy()
+    np.put_along_axis(rest, index, 0.0, 1)
+    # NaN belongs to the whole row, even where the entry left out is the only one to hold it.
+    return rest.sum(axis=1, keepdims=True) + 0.0 * np.take_along_axis(e, index, 1)
+
+
+def _row_weight(used, sample_weight):
+    weight = used.astype(np.float64) if sample_weight is None else np.where(used, sample_weight, 0)
+    return weight[:, None, :]
+
+
+def _mute(logits, row_weight):
+    """Rows of weight 0 count for nothing, whatever they hold."""
+    return np.where(row_weight == 0, 0.0, _float64(logits))
+
+
+def _times(weight, value):
+    """weight * value, where 0 * inf counts as 0: a class without weight has no say."""
+    return np.where(weight == 0, 0.0, weight * value)
+
+
+def _deliver(loss, row_weight, losses, logits):
+    """Round the row losses to the compute dtype, hand them out, and sum what was handed out."""
+    with np.errstate(all="ignore"):
+        loss = np.where(row_weight == 0, 0.0, loss * row_weight)[:, 0, :]
+        loss = loss.astype(COMPUTE_DTYPE.get(logits.dtype.name, FLOAT32))
+    if losses is not None:
+        losses[...] = loss
+    return float(loss.sum(dtype=np.float64))
+
+
+def _float64(array):
+    return array.astype(np.float64)
+
+
+def _round_to(out, value):
+    """Half types are rounded by way of float32, as the kernels do."""
+    with np.errstate(all="ignore"):
+        out[...] = value.astype(FLOAT32) if out.itemsize == 2 else value
