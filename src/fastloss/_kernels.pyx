@@ -1,28 +1,30 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # cython: initializedcheck=False, overflowcheck=False
-"""The Cython kernels: row arithmetic, tile arithmetic, then the drivers.
+"""The Cython kernels: numbers, memory, blocks, the scalar step, rows, tiles, then the drivers.
 
 The contract is in ``_reference``.  This one source is built once per instruction set (see
 meson.build); ``_cython`` picks a build.  What to know before reading on:
 
 Bits come from source order.  No flag lets the compiler reassociate or contract.  Sums run in
-LANES explicit lanes, so that the compiler can vectorise them without changing what they mean: a
-row gives the same bits alone or in a batch, at any alignment, on any number of threads.  fma is
-spelled out where the build has it, hence bits may differ between instruction sets.
+CHUNK or LANES explicit lanes, so that the compiler can vectorise them without changing what they
+mean: a row gives the same bits alone or in a batch, at any alignment, on any number of threads.
+fma is spelled out where the build has it, hence bits may differ between instruction sets.
 
-Two layouts.  A *row* is a long run of classes next to each other: classes lie in the SIMD lanes,
-and one online pass in blocks that fit the first cache level leaves exp(x - m) in the caller's
-`out`, where a second pass, still in cache, finds it.  Where rows are short, or other samples lie
-between the classes, a *tile* puts LANES samples in the SIMD lanes, copied (transposed, converted)
-into scratch and back.
+Two layouts.  A *row* is a long run of classes next to each other: classes lie in the SIMD lanes.
+Where rows are short, or other samples lie between the classes, a *tile* puts LANES samples in the
+SIMD lanes, copied (transposed, converted) into scratch and back.  Either way a unit of rows is put
+together in scratch that stays in cache and goes out in one run; a large result goes past the
+caches, so that memory is not read only to be overwritten, and what the next unit needs is fetched
+meanwhile.
 
-exp(x - m) is kept multiplied by SCALE, a power of two, so that what will be a subnormal result is
-still a normal number: the final product rounds it, once.  The sum leaves one class out (the
-target, or the maximum), which is what makes small losses exact.  0 * inf counts as 0.
+The sum leaves one class out (the target, or the maximum), which is what makes small losses exact.
+0 * inf counts as 0.
 
-The hot loops are the ones of exp_block, largest, sum_lanes and the tile_* functions: in the
-assembly they must be straight runs of packed instructions (zmm registers in the v4 build, ymm in
-v3), 64 elements around, without a call, a scalar instruction or a gather.
+The hot loops are those over CHUNK or LANES in largest, exp_block, exp_tile, scale_tile and
+transpose, and those of scale_row and cross_entropy_step.  In the assembly (objdump -d) they must
+be straight runs of packed instructions, zmm registers in the v4 build and ymm in v3, without a
+call, a scalar instruction or a gather.  exp_block is bound by its 11 multiplications and
+comparisons per vector; all else must hide behind them.
 """
 
 cimport cython
@@ -66,7 +68,7 @@ cdef extern from *:
 
     /* Results do not depend on a flush of denormals, or a rounding mode, that somebody set. */
     #if defined(__SSE2__)
-    #include <xmmintrin.h>
+    #include <immintrin.h>
     static inline unsigned fl_enter_ieee_mode(void) {
         unsigned mode = _mm_getcsr();
         _mm_setcsr(0x1f80);
@@ -77,6 +79,132 @@ cdef extern from *:
     static inline unsigned fl_enter_ieee_mode(void) { return 0; }
     static inline void fl_leave_ieee_mode(unsigned mode) { (void)mode; }
     #endif
+
+    #if defined(__GNUC__)
+    static inline void fl_prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+    #else
+    static inline void fl_prefetch(const char* p) { (void)p; }
+    #endif
+
+    /* A copy that goes past the caches: a large result is not read into them first. */
+    static inline void fl_stream(char* to, const char* from, size_t size) {
+    #if defined(__SSE2__)
+        size_t head = (size_t)(-(uintptr_t)to & 63);
+        if (size >= head + 64) {
+            memcpy(to, from, head);
+            to += head; from += head; size -= head;
+            for (; size >= 64; to += 64, from += 64, size -= 64) {
+            #if defined(__AVX512F__)
+                _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
+            #elif defined(__AVX__)
+                for (int i = 0; i < 64; i += 32)
+                    _mm256_stream_si256((__m256i*)(to + i),
+                                        _mm256_loadu_si256((const __m256i*)(from + i)));
+            #else
+                for (int i = 0; i < 64; i += 16)
+                    _mm_stream_si128((__m128i*)(to + i),
+                                     _mm_loadu_si128((const __m128i*)(from + i)));
+            #endif
+            }
+        }
+    #endif
+        memcpy(to, from, size);
+    }
+
+    /* What was streamed is there for other threads to see. */
+    static inline void fl_end_stream(void) {
+    #if defined(__SSE2__)
+        _mm_sfence();
+    #endif
+    }
+
+    /* Eight runs of eight numbers, transposed: to[i][j] = from[j][i], for i < count. */
+    #if defined(__has_builtin)
+    #if __has_builtin(__builtin_shufflevector)
+    #define FL_SHUFFLE __builtin_shufflevector
+    #endif
+    #endif
+    /* The sum, in float64, and the maximum (NaN left aside) of 32 numbers, in a fixed order. */
+    #if defined(FL_SHUFFLE)
+    #define FL_RAISE(SUM, a, b) \
+        (a) = (SUM##_v)((((b) > (a)) & (SUM##_i)(b)) | (~((b) > (a)) & (SUM##_i)(a)))
+    #define FL_FOLD(SUM, MAX, REAL, INT) \
+    typedef REAL SUM##_v __attribute__((vector_size(8 * sizeof(REAL)))); \
+    typedef INT SUM##_i __attribute__((vector_size(8 * sizeof(REAL)))); \
+    static inline double SUM(const REAL* lane) { \
+        typedef double wide __attribute__((vector_size(64))); \
+        SUM##_v a[4]; \
+        memcpy(a, lane, sizeof a); \
+        wide s = (__builtin_convertvector(a[0], wide) + __builtin_convertvector(a[1], wide)) \
+               + (__builtin_convertvector(a[2], wide) + __builtin_convertvector(a[3], wide)); \
+        s += FL_SHUFFLE(s, s, 4, 5, 6, 7, 0, 1, 2, 3); \
+        s += FL_SHUFFLE(s, s, 2, 3, 0, 1, 6, 7, 4, 5); \
+        return s[0] + s[1]; \
+    } \
+    static inline REAL MAX(const REAL* lane) { \
+        SUM##_v a[4], b; \
+        memcpy(a, lane, sizeof a); \
+        FL_RAISE(SUM, a[0], a[1]); \
+        FL_RAISE(SUM, a[2], a[3]); \
+        FL_RAISE(SUM, a[0], a[2]); \
+        b = FL_SHUFFLE(a[0], a[0], 4, 5, 6, 7, 0, 1, 2, 3); \
+        FL_RAISE(SUM, a[0], b); \
+        b = FL_SHUFFLE(a[0], a[0], 2, 3, 0, 1, 6, 7, 4, 5); \
+        FL_RAISE(SUM, a[0], b); \
+        return a[0][0] > a[0][1] ? a[0][0] : a[0][1]; \
+    }
+    #else
+    #define FL_FOLD(SUM, MAX, REAL, INT) \
+    static inline double SUM(const REAL* lane) { \
+        double s[8]; \
+        for (int j = 0; j < 8; j++) \
+            s[j] = ((double)lane[j] + lane[j + 8]) + ((double)lane[j + 16] + lane[j + 24]); \
+        for (int half = 4; half > 0; half /= 2) \
+            for (int j = 0; j < half; j++) s[j] += s[j + half]; \
+        return s[0]; \
+    } \
+    static inline REAL MAX(const REAL* lane) { \
+        REAL m = lane[0]; \
+        for (int j = 1; j < 32; j++) m = lane[j] > m ? lane[j] : m; \
+        return m; \
+    }
+    #endif
+    FL_FOLD(fl_sum_f, fl_max_f, float, int32_t)
+    FL_FOLD(fl_sum_d, fl_max_d, double, int64_t)
+
+    #if defined(FL_SHUFFLE)
+    #define FL_TRANSPOSE(NAME, REAL) \
+    typedef REAL NAME##_v __attribute__((vector_size(8 * sizeof(REAL)))); \
+    static inline void NAME(const REAL* from, ptrdiff_t from_step, REAL* to, ptrdiff_t to_step, \
+                            ptrdiff_t count) { \
+        NAME##_v a[8], b[8]; \
+        for (int i = 0; i < 8; i++) memcpy(&a[i], from + i * from_step, sizeof a[i]); \
+        for (int i = 0; i < 8; i += 2) { \
+            b[i] = FL_SHUFFLE(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13); \
+            b[i + 1] = FL_SHUFFLE(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15); \
+        } \
+        for (int i = 0; i < 8; i += 4) { \
+            a[i] = FL_SHUFFLE(b[i], b[i + 2], 0, 1, 8, 9, 4, 5, 12, 13); \
+            a[i + 1] = FL_SHUFFLE(b[i], b[i + 2], 2, 3, 10, 11, 6, 7, 14, 15); \
+            a[i + 2] = FL_SHUFFLE(b[i + 1], b[i + 3], 0, 1, 8, 9, 4, 5, 12, 13); \
+            a[i + 3] = FL_SHUFFLE(b[i + 1], b[i + 3], 2, 3, 10, 11, 6, 7, 14, 15); \
+        } \
+        for (int i = 0; i < 4; i++) { \
+            b[i] = FL_SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11); \
+            b[i + 4] = FL_SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15); \
+        } \
+        for (ptrdiff_t i = 0; i < count; i++) memcpy(to + i * to_step, &b[i], sizeof b[i]); \
+    }
+    #else
+    #define FL_TRANSPOSE(NAME, REAL) \
+    static inline void NAME(const REAL* from, ptrdiff_t from_step, REAL* to, ptrdiff_t to_step, \
+                            ptrdiff_t count) { \
+        for (ptrdiff_t i = 0; i < count; i++) \
+            for (int j = 0; j < 8; j++) to[i * to_step + j] = from[j * from_step + i]; \
+    }
+    #endif
+    FL_TRANSPOSE(fl_transpose_f, float)
+    FL_TRANSPOSE(fl_transpose_d, double)
 
     static int fl_cpu_runs(int level) {
     #if (defined(__x86_64__) || defined(__amd64__)) && defined(__GNUC__)
@@ -104,6 +232,15 @@ cdef extern from *:
     unsigned int fl_enter_ieee_mode() noexcept nogil
     void fl_leave_ieee_mode(unsigned int) noexcept nogil
     int fl_cpu_runs(int) noexcept nogil
+    void fl_prefetch(const char*) noexcept nogil
+    void fl_stream(char*, const char*, size_t) noexcept nogil
+    void fl_end_stream() noexcept nogil
+    double fl_sum_f(const float*) noexcept nogil
+    double fl_sum_d(const double*) noexcept nogil
+    float fl_max_f(const float*) noexcept nogil
+    double fl_max_d(const double*) noexcept nogil
+    void fl_transpose_f(const float*, Py_ssize_t, float*, Py_ssize_t, Py_ssize_t) noexcept nogil
+    void fl_transpose_d(const double*, Py_ssize_t, double*, Py_ssize_t, Py_ssize_t) noexcept nogil
     const double INFINITY
     const double NAN
 
@@ -114,14 +251,16 @@ ctypedef fused real:
 
 
 cdef enum:
-    LANES = 64  # samples in a tile; independent partial sums in a row
-    HALF_LANES = 32
-    RUN = 16  # float32 additions to one lane before the sum moves on to float64
-    BLOCK = 1024  # classes of a row that are worked on while they are in the first cache level
-    SHORT_ROW = 64  # rows of at most so many classes go into tiles, samples in the SIMD lanes
-    GROUP = 16384  # elements of the rows that make up one unit of work
+    LANES = 64  # samples in a tile
+    CHUNK = 32  # classes of a row that are taken at a time: as many partial sums and maxima
+    BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
+    RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
+    SHORT_ROW = 300  # rows of at most so many classes go into tiles, samples in the SIMD lanes
+    GROUP = 8192  # elements of the rows that make up one unit of work
+    FAR = 65536  # the most elements that are fetched ahead of their use
     CHECK_BLOCK = 4096  # targets that one unit of check_target reads
-    CACHE_LINE = 64
+    LINE = 64  # bytes of a cache line
+    STREAM_BYTES = 16777216  # results from this size on are written past the caches
 
 cdef enum Storage:
     FLOAT32
@@ -138,6 +277,7 @@ cdef struct Job:
     const char* other  # grad_output, or target probabilities
     Storage other_storage
     char* out  # or grad; NULL where only the loss is wanted
+    bint stream  # whether out is written past the caches
     const char* target
     int target_kind  # 0 to 3: signed, of 1 << kind bytes; 4 to 7: unsigned
     int64_t ignore_index
@@ -147,31 +287,34 @@ cdef struct Job:
     double smoothing, z_loss, scale
     char* losses
     double* partial  # the sum of the losses of each unit
+    bint tiles
     Py_ssize_t group  # rows in a unit of work
-    Py_ssize_t blocks  # BLOCKs in a row
+
+
+cdef struct Carry:
+    # The end of a run of output that did not fill its cache line: it waits for the next run.
+    char* end
+    char line[LINE]
 
 
 cdef struct Rows:
     # The scalar step, for as many rows as there are lanes. In:
     double maximum[LANES]
-    double others[LANES]  # sum of exp(x - maximum) over all classes but one
+    double others[LANES]  # sum of the exponentials of all classes but one
     double target_logit[LANES]
     double target_weight[LANES]
     double row_weight[LANES]  # sample weight; 0 for rows that count for nothing
     double gap[LANES]  # sum of w_c (maximum - x_c)
     double mass[LANES]  # of soft targets: sum of w_c t_c, all classes but the maximum's
     double top_mass[LANES]  # of soft targets: w_k t_k at the maximum's class k
-    # Out: g_c = factor * exp(x_c - maximum) - spread * w_c, except at the class left out.
+    # On the way: the exponentials of the maximum and of the target.
+    double top[LANES]
+    double target_exp[LANES]
+    # Out: g_c = factor * exponential_c - spread * w_c, except at the class left out.
     double loss[LANES]
     double factor[LANES]
     double spread[LANES]
     double left_out[LANES]
-
-
-cdef struct Reduced:
-    double maximum
-    double others
-    Py_ssize_t index  # of the maximum
 
 
 cdef enum Operation:
@@ -189,35 +332,58 @@ cdef enum Operation:
 # ---------------------------------------------------------------------------------------------
 # Numbers
 # ---------------------------------------------------------------------------------------------
+# exp(x) is 2**n exp(r), n the integer nearest to x / ln 2. What is kept of a class is the
+# exponential 2**(n - N + SHIFT) exp(r) = 2**SHIFT exp(x) / 2**N, N being the n of the row's
+# maximum: a power of two as the reference costs nothing and rounds nothing, where x - maximum
+# would round. SHIFT keeps what may still come out as a subnormal result a normal number until the
+# final product rounds it, once. Rows whose maximum is large use x - maximum, which is exact there
+# for all classes that are not negligible.
 
-cdef inline double scale_of(real unused) noexcept nogil:
-    if real is float:
-        return 16777216.0  # 2**24
-    else:
-        return 9007199254740992.0  # 2**53
+cdef inline int shift_of(real unused) noexcept nogil:
+    return 32 if real is float else 64
 
 
 cdef inline double tiny_of(real unused) noexcept nogil:
     """The smallest normal number."""
+    return 1.1754943508222875e-38 if real is float else 2.2250738585072014e-308
+
+
+cdef inline real pivot_of(real maximum) noexcept nogil:
+    """What is taken off x: 0, or the maximum where that is large (or inf: then all is NaN)."""
+    cdef real size = maximum if maximum > 0 else -maximum
+    cdef real limit = 256.0 if real is float else 2048.0
+    return <real>0.0 if size < limit else maximum
+
+
+cdef inline real magic_of(real maximum) noexcept nogil:
+    """A number to which x / ln 2 is added: that rounds it, and leaves n - N in the low bits."""
+    cdef real shifted, x = maximum if pivot_of(maximum) == 0 else <real>0.0
     if real is float:
-        return 1.1754943508222875e-38
+        shifted = fl_fma_f(x, 1.44269504, 12582912.0)  # 1.5 * 2**23
+        return <float>(12582912.0 + 127 + 32) - (shifted - <float>12582912.0)
     else:
-        return 2.2250738585072014e-308
+        shifted = fl_fma_d(x, 1.4426950408889634, 6755399441055744.0)  # 1.5 * 2**52
+        return (6755399441055744.0 + 1023 + 64) - (shifted - 6755399441055744.0)
 
 
-cdef inline real exp_scaled(real x, real m) noexcept nogil:
-    """SCALE * exp(x - m) for x <= m; 0 below half the smallest subnormal; NaN for NaN."""
-    cdef real d = x - m
-    # What the subtraction lost (TwoSum); it goes into the reduced argument, free of charge.
-    cdef real back = d - x
-    cdef real lost = (x - (d - back)) - (m + back)
-    cdef real n, r, p, shifted
+cdef inline real lowest_of(real magic) noexcept nogil:
+    """The x whose n - N is the exponent of 0."""
     if real is float:
-        # Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits.
-        shifted = fl_fma_f(d, 1.44269504, 12582912.0)
-        n = shifted - <float>12582912.0
+        return (<float>12582912.0 - magic) * <float>0.693147181
+    else:
+        return (6755399441055744.0 - magic) * 0.69314718055994531
+
+
+cdef inline real exponential(real x, real pivot, real magic, real lowest) noexcept nogil:
+    """2**(SHIFT - N) * exp(x - pivot); 0 where that is negligible; NaN for NaN."""
+    cdef real d = x - pivot
+    cdef real n, r, p, shifted
+    d = lowest if d < lowest else d
+    if real is float:
+        shifted = fl_fma_f(d, 1.44269504, magic)
+        n = shifted - magic
         r = fl_fma_f(n, -0.693145751953125, d)
-        r = fl_fma_f(n, -1.42860682e-6, r + lost)
+        r = fl_fma_f(n, -1.42860682e-6, r)
         p = fl_fma_f(0.00131687098951, r, 0.00835358145597)
         p = fl_fma_f(p, r, 0.0416763574161)
         p = fl_fma_f(p, r, 0.166667094605)
@@ -225,13 +391,12 @@ cdef inline real exp_scaled(real x, real m) noexcept nogil:
         p = fl_fma_f(p, r, 1.0)
         p = fl_fma_f(p, r, 1.0)
         # A product, not a sum of exponents: NaN stays NaN.
-        p = p * fl_from_bits_f(<int32_t>(<uint32_t>(fl_bits_f(shifted) + 127 + 24) << 23))
-        return <float>0.0 if d < <float>-103.9721 else p
+        return p * fl_from_bits_f(<int32_t>(<uint32_t>fl_bits_f(shifted) << 23))
     else:
-        shifted = fl_fma_d(d, 1.4426950408889634, 6755399441055744.0)
-        n = shifted - 6755399441055744.0
+        shifted = fl_fma_d(d, 1.4426950408889634, magic)
+        n = shifted - magic
         r = fl_fma_d(n, -6.93147180369123816490e-01, d)
-        r = fl_fma_d(n, -1.90821492927058770002e-10, r + lost)
+        r = fl_fma_d(n, -1.90821492927058770002e-10, r)
         p = fl_fma_d(2.5110047135431713555e-8, r, 2.7632652169579558723e-7)
         p = fl_fma_d(p, r, 2.7557242344003567523e-6)
         p = fl_fma_d(p, r, 0.000024801487335535663603)
@@ -243,13 +408,7 @@ cdef inline real exp_scaled(real x, real m) noexcept nogil:
         p = fl_fma_d(p, r, 0.50000000000000102221)
         p = fl_fma_d(p, r, 1.0)
         p = fl_fma_d(p, r, 1.0)
-        p = p * fl_from_bits_d(<int64_t>(<uint64_t>(fl_bits_d(shifted) + 1023 + 53) << 52))
-        return 0.0 if d < -745.1332191019412 else p
-
-
-cdef inline double exp_of(double d) noexcept nogil:
-    """exp(d) for d <= 0."""
-    return exp_scaled[double](d, 0.0) * 1.1102230246251565e-16
+        return p * fl_from_bits_d(<int64_t>(<uint64_t>fl_bits_d(shifted) << 52))
 
 
 cdef inline double log1p_of(double x) noexcept nogil:
@@ -272,8 +431,9 @@ cdef inline double log1p_of(double x) noexcept nogil:
         w, 1.479819860511658591e-01, 1.818357216161805012e-01), 2.857142874366239149e-01),
         6.666666666666735130e-01)
     cdef double half = 0.5 * f * f
-    cdef double log_z = half - (s * (half + t1 + t2) + (
-        e * 1.90821492927058770002e-10 + lost / u))
+    # What 1 + x rounded off, over u; it matters where u is near 1.
+    cdef double rest = lost - lost * f if u < 1.4 else 0.0
+    cdef double log_z = half - (s * (half + t1 + t2) + (e * 1.90821492927058770002e-10 + rest))
     cdef double result = e * 6.93147180369123816490e-01 - (log_z - f)
     return result if x <= 1.7976931348623157e308 else x  # inf and NaN pass through
 
@@ -318,11 +478,22 @@ cdef inline uint16_t float_to_bfloat(float x) noexcept nogil:
 
 
 # ---------------------------------------------------------------------------------------------
-# Blocks: runs of at most BLOCK elements
+# Memory: between arrays of any storage and scratch in the compute type
 # ---------------------------------------------------------------------------------------------
 
 cdef inline Py_ssize_t itemsize(Storage storage) noexcept nogil:
     return 4 if storage == FLOAT32 else 8 if storage == FLOAT64 else 2
+
+
+cdef inline void fetch(const char* data, Py_ssize_t size) noexcept nogil:
+    """Ask for memory ahead of its use; beyond the end of an array that does no harm."""
+    cdef Py_ssize_t i
+    for i in range((size + LINE - 1) // LINE):
+        fl_prefetch(data + i * LINE)
+
+
+cdef inline Py_ssize_t blocks_in(Py_ssize_t n) noexcept nogil:
+    return (n + BLOCK - 1) // BLOCK
 
 
 cdef inline const real* load_block(
@@ -342,118 +513,207 @@ cdef inline const real* load_block(
     return (<const real*>data) + start
 
 
-cdef inline void store_block(
-    Storage storage, char* data, Py_ssize_t start, Py_ssize_t n, const real* values
+cdef inline void copy_out(const Job* job, char* to, const void* values, size_t size) noexcept nogil:
+    if job.stream:
+        fl_stream(to, <const char*>values, size)
+    else:
+        memcpy(to, values, size)
+
+
+cdef inline void store(
+    const Job* job, Py_ssize_t start, Py_ssize_t n, const real* values
 ) noexcept nogil:
-    cdef uint16_t* halves = (<uint16_t*>data) + start
-    cdef real* floats = (<real*>data) + start
+    """Write elements start to start + n of out."""
+    cdef uint16_t halves[BLOCK]
+    cdef char* to = job.out + start * itemsize(job.storage)
+    cdef Py_ssize_t b, first, i, width
+    if itemsize(job.storage) != 2:
+        copy_out(job, to, values, n * sizeof(real))
+        return
+    for b in range(blocks_in(n)):
+        first = b * BLOCK
+        width = min(n - first, <Py_ssize_t>BLOCK)
+        if job.storage == FLOAT16:
+            for i in range(width):
+                halves[i] = float_to_half(<float>values[first + i])
+        else:
+            for i in range(width):
+                halves[i] = float_to_bfloat(<float>values[first + i])
+        copy_out(job, to + first * 2, halves, width * 2)
+
+
+cdef inline void flush(Carry* carry) noexcept nogil:
+    cdef size_t filled = <uintptr_t>carry.end % LINE
+    memcpy(carry.end - filled, carry.line, filled)
+    carry.end = NULL
+
+
+cdef inline void stream_run(
+    Carry* carry, char* to, const char* values, Py_ssize_t size
+) noexcept nogil:
+    """Write past the caches in whole lines; half a line would first be read from memory."""
+    cdef Py_ssize_t filled = <uintptr_t>to % LINE, head = min((LINE - filled) % LINE, size), whole
+    if carry.end == to:
+        memcpy(carry.line + filled, values, head)
+        if filled + head < LINE and filled:
+            carry.end = to + head
+            return
+        if filled:
+            fl_stream(to - filled, carry.line, LINE)
+    else:
+        if carry.end != NULL:
+            flush(carry)
+        memcpy(to, values, head)
+        if (filled + head) % LINE:
+            return
+    whole = (size - head) // LINE * LINE
+    fl_stream(to + head, values + head, whole)
+    memcpy(carry.line, values + head + whole, size - head - whole)
+    carry.end = to + size
+
+
+cdef inline void store_run(
+    const Job* job, Carry* carry, Py_ssize_t start, Py_ssize_t n, const real* values
+) noexcept nogil:
+    """Write elements start to start + n of out, at most LANES, that a later run may go on from."""
+    cdef uint16_t halves[LANES]
+    cdef char* to = job.out + start * itemsize(job.storage)
     cdef Py_ssize_t i
-    if storage == FLOAT16:
+    if not job.stream:
+        store(job, start, n, values)
+    elif itemsize(job.storage) != 2:
+        stream_run(carry, to, <const char*>values, n * sizeof(real))
+    else:
         for i in range(n):
-            halves[i] = float_to_half(<float>values[i])
-    elif storage == BFLOAT16:
-        for i in range(n):
-            halves[i] = float_to_bfloat(<float>values[i])
-    elif floats != values:
-        memcpy(floats, values, n * sizeof(real))
+            if job.storage == FLOAT16:
+                halves[i] = float_to_half(<float>values[i])
+            else:
+                halves[i] = float_to_bfloat(<float>values[i])
+        stream_run(carry, to, <const char*>halves, n * 2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Blocks: runs of at most BLOCK elements, taken in chunks
+# ---------------------------------------------------------------------------------------------
+
+cdef inline void pad(const real* x, Py_ssize_t n, Py_ssize_t skip, real* chunk) noexcept nogil:
+    """The first elements of x, at most n; -inf fills the chunk, and stands at skip."""
+    cdef int j, width = <int>min(n, <Py_ssize_t>CHUNK), hole = <int>skip
+    for j in range(CHUNK):
+        chunk[j] = x[j] if (j < width) & (j != hole) else <real>-INFINITY
 
 
 cdef inline real largest(const real* x, Py_ssize_t n) noexcept nogil:
     """The maximum, NaN left aside."""
-    cdef real lane[LANES]
-    cdef Py_ssize_t chunk, i, j, whole = n - n % LANES
-    for j in range(LANES):
+    cdef real lane[CHUNK]
+    cdef real rest[CHUNK]
+    cdef Py_ssize_t chunk, j, whole = n - n % CHUNK
+    for j in range(CHUNK):
         lane[j] = <real>-INFINITY
-    for chunk in range(n // LANES):
-        i = chunk * LANES
-        for j in range(LANES):
-            lane[j] = x[i + j] if x[i + j] > lane[j] else lane[j]
-    for j in range(n - whole):
-        lane[j] = x[whole + j] if x[whole + j] > lane[j] else lane[j]
-    halve_largest(lane, 32)
-    halve_largest(lane, 16)
-    halve_largest(lane, 8)
-    halve_largest(lane, 4)
-    halve_largest(lane, 2)
-    halve_largest(lane, 1)
-    return lane[0]
-
-
-cdef inline void halve_largest(real* lane, Py_ssize_t half) noexcept nogil:
-    cdef Py_ssize_t j
-    for j in range(half):
-        lane[j] = lane[j + half] if lane[j + half] > lane[j] else lane[j]
+    for chunk in range(n // CHUNK):
+        for j in range(CHUNK):
+            lane[j] = x[chunk * CHUNK + j] if x[chunk * CHUNK + j] > lane[j] else lane[j]
+    if whole < n:
+        pad(x + whole, n - whole, -1, rest)
+        for j in range(CHUNK):
+            lane[j] = rest[j] if rest[j] > lane[j] else lane[j]
+    if real is float:
+        return fl_max_f(lane)
+    else:
+        return fl_max_d(lane)
 
 
 cdef inline Py_ssize_t find(const real* x, Py_ssize_t n, real value) noexcept nogil:
-    """The first position of value, or 0."""
-    cdef Py_ssize_t chunk, i, j, whole = n - n % LANES
+    """The first position of value, or n."""
+    cdef Py_ssize_t chunk, i, j
     cdef int hits
-    for chunk in range(n // LANES):
-        i = chunk * LANES
+    for chunk in range(n // CHUNK):
+        i = chunk * CHUNK
         hits = 0
-        for j in range(LANES):
+        for j in range(CHUNK):
             hits |= x[i + j] == value
         if hits:
-            for j in range(LANES):
+            for j in range(CHUNK):
                 if x[i + j] == value:
                     return i + j
-    for j in range(whole, n):
+    for j in range(n - n % CHUNK, n):
         if x[j] == value:
             return j
-    return 0
+    return n
 
 
-cdef inline void exp_block(const real* x, Py_ssize_t n, real m, real* e) noexcept nogil:
-    cdef Py_ssize_t i
-    if e == x:  # said aloud, lest the compiler's test for overlap send us down a scalar loop
-        for i in range(n):
-            e[i] = exp_scaled(e[i], m)
-    else:
-        for i in range(n):
-            e[i] = exp_scaled(x[i], m)
+cdef inline double exp_block(
+    const real* x, Py_ssize_t n, Py_ssize_t skip, real pivot, real magic, real* e,
+    const char* later, Py_ssize_t step,
+) noexcept nogil:
+    """The sum of the exponentials e, that at `skip` being 0; e has room for whole chunks.
+
+    Meanwhile memory from `later` on is fetched, `step` bytes a chunk.
+    """
+    cdef real lane[CHUNK]
+    cdef real value[CHUNK]
+    cdef real rest[CHUNK]
+    cdef real holed[CHUNK]
+    cdef real lowest = lowest_of(magic)
+    cdef const real* source
+    cdef Py_ssize_t chunk, i, j, whole = n // CHUNK, hole = -1
+    pad(x + whole * CHUNK, n - whole * CHUNK, -1, rest)
+    if 0 <= skip < n:
+        hole = skip // CHUNK
+        pad(x + hole * CHUNK, n - hole * CHUNK, skip % CHUNK, holed)
+    for j in range(CHUNK):
+        lane[j] = 0
+    for chunk in range((n + CHUNK - 1) // CHUNK):
+        i = chunk * CHUNK
+        source = x + i
+        if chunk == whole:
+            source = rest
+        if chunk == hole:
+            source = holed
+        fetch(later + chunk * step, step)
+        for j in range(CHUNK):
+            value[j] = exponential(source[j], pivot, magic, lowest)
+        for j in range(CHUNK):
+            lane[j] += value[j]
+        for j in range(CHUNK):
+            e[i + j] = value[j]
+    return fold(lane)
 
 
 cdef inline double fold(const real* lane) noexcept nogil:
-    """The sum of the lanes, in float64 and in a fixed order."""
-    cdef double total[HALF_LANES]
-    cdef Py_ssize_t j
-    for j in range(HALF_LANES):
-        total[j] = <double>lane[j] + <double>lane[j + HALF_LANES]
-    halve_sum(total, 16)
-    halve_sum(total, 8)
-    halve_sum(total, 4)
-    return (total[0] + total[2]) + (total[1] + total[3])
+    """The sum of a chunk, in float64 and in a fixed order."""
+    if real is float:
+        return fl_sum_f(lane)
+    else:
+        return fl_sum_d(lane)
 
 
-cdef inline void halve_sum(double* total, Py_ssize_t half) noexcept nogil:
-    cdef Py_ssize_t j
-    for j in range(half):
-        total[j] += total[j + half]
+cdef inline double fold_lanes(const double* lane) noexcept nogil:
+    return fold(lane) + fold(lane + CHUNK)
 
 
-cdef inline double sum_lanes(const real* e, Py_ssize_t n) noexcept nogil:
-    cdef real lane[LANES]
-    cdef Py_ssize_t chunk, i, j, whole = n - n % LANES
-    for j in range(LANES):
+cdef inline double sum_lanes(const real* g, Py_ssize_t n) noexcept nogil:
+    cdef real lane[CHUNK]
+    cdef Py_ssize_t chunk, i, j, whole = n - n % CHUNK
+    for j in range(CHUNK):
         lane[j] = 0
-    for chunk in range(n // LANES):
-        i = chunk * LANES
-        for j in range(LANES):
-            lane[j] += e[i + j]
+    for chunk in range(n // CHUNK):
+        i = chunk * CHUNK
+        for j in range(CHUNK):
+            lane[j] += g[i + j]
     for j in range(n - whole):
-        lane[j] += e[whole + j]
+        lane[j] += g[whole + j]
     return fold(lane)
 
 
 cdef inline double dot_lanes(const real* a, const real* b, Py_ssize_t n) noexcept nogil:
-    cdef real lane[LANES]
-    cdef Py_ssize_t chunk, i, j, whole = n - n % LANES
-    for j in range(LANES):
+    cdef real lane[CHUNK]
+    cdef Py_ssize_t chunk, i, j, whole = n - n % CHUNK
+    for j in range(CHUNK):
         lane[j] = 0
-    for chunk in range(n // LANES):
-        i = chunk * LANES
-        for j in range(LANES):
+    for chunk in range(n // CHUNK):
+        i = chunk * CHUNK
+        for j in range(CHUNK):
             lane[j] += a[i + j] * b[i + j]
     for j in range(n - whole):
         lane[j] += a[whole + j] * b[whole + j]
@@ -465,46 +725,76 @@ cdef inline double gap_term(double weight, double m, double x) noexcept nogil:
     return 0.0 if weight == 0.0 else weight * (m - x)
 
 
-cdef inline double soft_target(double t, double smoothing, double uniform) noexcept nogil:
-    return fl_fma_d(1.0 - smoothing, t, uniform)
-
-
-cdef inline double gap_lanes(
-    const real* x, const double* weight, Py_ssize_t n, double m
+cdef inline double gap_block(
+    const real* x, const double* weight, Py_ssize_t n, real m
 ) noexcept nogil:
-    """sum of w_c (m - x_c), in float64: it may exceed the float32 range on its way."""
-    cdef double lane[LANES]
+    """sum of w_c (m - x_c); in float64 with weights, or where it leaves the range of x."""
+    cdef double lane[CHUNK]
+    cdef real narrow[CHUNK]
+    cdef double total
     cdef Py_ssize_t chunk, i, j, width
-    for j in range(LANES):
+    if weight == NULL:
+        for j in range(CHUNK):
+            narrow[j] = 0
+        for chunk in range(n // CHUNK):
+            i = chunk * CHUNK
+            for j in range(CHUNK):
+                narrow[j] += m - x[i + j]
+        for j in range(n - n % CHUNK, n):
+            narrow[j % CHUNK] += m - x[j]
+        total = fold(narrow)
+        if total - total == 0.0:
+            return total
+    for j in range(CHUNK):
         lane[j] = 0.0
-    for chunk in range((n + LANES - 1) // LANES):
-        i = chunk * LANES
-        width = min(n - i, <Py_ssize_t>LANES)
+    for chunk in range((n + CHUNK - 1) // CHUNK):
+        i = chunk * CHUNK
+        width = min(n - i, <Py_ssize_t>CHUNK)
         if weight == NULL:
             for j in range(width):
-                lane[j] += m - <double>x[i + j]
+                lane[j] += <double>m - <double>x[i + j]
         else:
             for j in range(width):
                 lane[j] += gap_term(weight[i + j], m, x[i + j])
     return fold(lane)
 
 
-cdef inline void soft_lanes(
-    const Job* job, const real* x, const real* t, Py_ssize_t start, Py_ssize_t n, double m,
+cdef inline void soft_block(
+    const Job* job, const real* x, const real* t, Py_ssize_t start, Py_ssize_t n, real m,
     double* gap, double* mass,
 ) noexcept nogil:
     """Add the sums of w_c t_c (m - x_c) and of w_c t_c over classes start to start + n."""
-    cdef double gap_lane[LANES]
-    cdef double mass_lane[LANES]
-    cdef double wt
+    cdef double gap_lane[CHUNK]
+    cdef double mass_lane[CHUNK]
+    cdef real narrow_gap[CHUNK]
+    cdef real narrow_mass[CHUNK]
+    cdef double wt, total
+    cdef real q
     cdef const double* weight = job.weight + start
     cdef double kept = 1.0 - job.smoothing, uniform = job.smoothing / job.num_classes
+    cdef real narrow_kept = <real>kept, narrow_uniform = <real>uniform
     cdef Py_ssize_t chunk, i, j, width
-    for j in range(LANES):
+    if job.weight == NULL:
+        for j in range(CHUNK):
+            narrow_gap[j] = narrow_mass[j] = 0
+        for chunk in range((n + CHUNK - 1) // CHUNK):
+            i = chunk * CHUNK
+            width = min(n - i, <Py_ssize_t>CHUNK)
+            for j in range(width):
+                q = narrow_kept * t[i + j] + narrow_uniform
+                narrow_mass[j] += q
+                narrow_gap[j] += <real>0.0 if q == 0 else q * (m - x[i + j])
+        total = fold(narrow_gap)
+        if total - total == 0.0:
+            gap[0] += total
+            mass[0] += fold(narrow_mass)
+            return
+    # In float64 with weights, or where the sum leaves the range of x.
+    for j in range(CHUNK):
         gap_lane[j] = mass_lane[j] = 0.0
-    for chunk in range((n + LANES - 1) // LANES):
-        i = chunk * LANES
-        width = min(n - i, <Py_ssize_t>LANES)
+    for chunk in range((n + CHUNK - 1) // CHUNK):
+        i = chunk * CHUNK
+        width = min(n - i, <Py_ssize_t>CHUNK)
         if job.weight == NULL:
             for j in range(width):
                 wt = kept * t[i + j] + uniform
@@ -523,53 +813,73 @@ cdef inline void soft_lanes(
 # The scalar step: from what a row was reduced to, its loss and the coefficients of its gradient
 # ---------------------------------------------------------------------------------------------
 
-cdef void softmax_step(Rows* r, Py_ssize_t n) noexcept nogil:
+cdef inline void add_exponentials(Rows* r, Py_ssize_t n, real unused) noexcept nogil:
+    """The exponentials of the maximum and of the target, in the units of the sum."""
+    cdef real m, pivot, magic
     cdef Py_ssize_t i
     for i in range(n):
-        r.factor[i] = 1.0 / (1.0 + r.others[i])
-        r.spread[i] = 0.0
-        r.left_out[i] = r.factor[i]
+        m = <real>r.maximum[i]
+        pivot, magic = pivot_of(m), magic_of(m)
+        r.top[i] = exponential(m, pivot, magic, lowest_of(magic))
+        r.target_exp[i] = exponential(<real>r.target_logit[i], pivot, magic, lowest_of(magic))
 
 
-cdef void cross_entropy_step(const Job* job, Rows* r, Py_ssize_t n) noexcept nogil:
+cdef inline double larger(double a, double b) noexcept nogil:
+    a = a if a >= 0.0 else -a
+    b = b if b >= 0.0 else -b
+    return a if a > b else b
+
+
+cdef inline double left_out_of(
+    double a, double p, double others, double subtracted, double rest
+) noexcept nogil:
+    """a p - subtracted, or the same as rest - a (1 - p): the second unless it cancels more."""
+    cdef double plain = a * p - subtracted, complement = rest - a * others
+    cdef double size = larger(a * p, subtracted)
+    return plain if 2.0 * size < larger(a * others, rest) else complement
+
+
+cdef inline void cross_entropy_step(const Job* job, Rows* r, Py_ssize_t n) noexcept nogil:
     cdef double uniform = job.smoothing / job.num_classes
     cdef double spread = uniform * job.weight_sum
-    cdef double b, d, e_y, log_s, lse, z_slope, total, a, loss, weight, left_out
+    cdef double b, d, log_s, lse, z_slope, total, inverse, a, loss, weight, spread_y, left_out
     cdef Py_ssize_t i
     for i in range(n):
         b = (1.0 - job.smoothing) * r.target_weight[i]
         d = r.target_logit[i] - r.maximum[i]
-        e_y = exp_of(d)
-        log_s = log1p_of(r.others[i] + (e_y - 1.0))
+        total = r.others[i] + r.target_exp[i]
+        inverse = 1.0 / total
+        log_s = log1p_of((r.others[i] + (r.target_exp[i] - r.top[i])) / r.top[i])
         lse = r.maximum[i] + log_s
         z_slope = 2.0 * job.z_loss * lse
         loss = gap_term(b, log_s, d) + spread * log_s + uniform * r.gap[i] + 0.5 * z_slope * lse
         r.loss[i] = 0.0 if r.row_weight[i] == 0.0 else loss * r.row_weight[i]
 
-        total = r.others[i] + e_y
         a = b + spread + z_slope
-        left_out = spread + z_slope - uniform * r.target_weight[i] - a * (r.others[i] / total)
+        spread_y = uniform * r.target_weight[i]
+        left_out = left_out_of(a, r.target_exp[i] * inverse, r.others[i] * inverse, b + spread_y,
+                               spread + z_slope - spread_y)
         weight = r.row_weight[i] * job.scale
-        r.factor[i] = 0.0 if weight == 0.0 else weight * a / total
+        r.factor[i] = 0.0 if weight == 0.0 else weight * a * inverse
         r.spread[i] = weight * uniform
         r.left_out[i] = 0.0 if weight == 0.0 else weight * left_out
 
 
-cdef void cross_entropy_soft_step(const Job* job, Rows* r, Py_ssize_t n) noexcept nogil:
+cdef inline void cross_entropy_soft_step(const Job* job, Rows* r, Py_ssize_t n) noexcept nogil:
     cdef double log_s, lse, z_slope, total, mass, a, loss, weight, left_out
     cdef Py_ssize_t i
     for i in range(n):
         mass = r.mass[i] + r.top_mass[i]
-        log_s = log1p_of(r.others[i])
+        log_s = log1p_of(r.others[i] / r.top[i])
         lse = r.maximum[i] + log_s
         z_slope = 2.0 * job.z_loss * lse
         loss = mass * log_s + r.gap[i] + 0.5 * z_slope * lse
         r.loss[i] = 0.0 if r.row_weight[i] == 0.0 else loss * r.row_weight[i]
 
-        total = 1.0 + r.others[i]
+        total = r.others[i] + r.top[i]
         a = mass + z_slope
-        # mass without the maximum's share: subtracted before, not after, p is rounded to 1.
-        left_out = r.mass[i] + z_slope - a * (r.others[i] / total)
+        left_out = left_out_of(a, r.top[i] / total, r.others[i] / total, r.top_mass[i],
+                               r.mass[i] + z_slope)
         weight = r.row_weight[i] * job.scale
         r.factor[i] = 0.0 if weight == 0.0 else weight * a / total
         r.spread[i] = weight
@@ -623,22 +933,25 @@ cdef void read_targets(
 ) noexcept nogil:
     """Targets, and the weights of their rows: 0 where a row counts for nothing."""
     cdef bint smooth = job.smoothing * job.weight_sum != 0.0 or job.z_loss != 0.0
+    cdef double kept = 1.0 - job.smoothing
     cdef Py_ssize_t i
-    cdef int64_t target
-    cdef double weight
+    cdef bint used
     read_indices(job, first, n, y)
     for i in range(n):
-        target = y[i]
-        weight = 1.0 if job.sample_weight == NULL else job.sample_weight[first + i]
         # Targets were checked, but another thread may have changed them since.
-        if target == job.ignore_index or <uint64_t>target >= <uint64_t>job.num_classes:
-            target = 0
-            weight = 0.0
-        y[i] = target
-        r.target_weight[i] = 1.0 if job.weight == NULL else job.weight[target]
-        if not smooth and (1.0 - job.smoothing) * r.target_weight[i] == 0.0:
-            weight = 0.0
-        r.row_weight[i] = weight
+        used = (y[i] != job.ignore_index) & (<uint64_t>y[i] < <uint64_t>job.num_classes)
+        y[i] = y[i] if used else 0
+        r.row_weight[i] = 1.0 if used else 0.0
+        r.target_weight[i] = 1.0
+    if job.sample_weight != NULL:
+        for i in range(n):
+            r.row_weight[i] *= job.sample_weight[first + i]
+    if job.weight != NULL:
+        for i in range(n):
+            r.target_weight[i] = job.weight[y[i]]
+    if not smooth:
+        for i in range(n):
+            r.row_weight[i] = 0.0 if kept * r.target_weight[i] == 0.0 else r.row_weight[i]
 
 
 cdef void read_sample_weights(
@@ -653,48 +966,32 @@ cdef void deliver_losses(
     const Job* job, Py_ssize_t unit, Py_ssize_t n, const double* loss
 ) noexcept nogil:
     """Round row losses to the compute dtype, hand them out, sum what was handed out."""
+    cdef double rounded[LANES]
     cdef Py_ssize_t i, first = unit * job.group
-    cdef double total = 0.0
-    cdef float rounded
-    for i in range(n):
-        if job.storage == FLOAT64:
-            total += loss[i]
-            if job.losses != NULL:
-                (<double*>job.losses)[first + i] = loss[i]
-        else:
-            rounded = <float>loss[i]
-            total += rounded
-            if job.losses != NULL:
-                (<float*>job.losses)[first + i] = rounded
-    job.partial[unit] = total
+    for i in range(LANES):
+        rounded[i] = 0.0
+    if job.storage == FLOAT64:
+        memcpy(rounded, loss, n * sizeof(double))
+    else:
+        for i in range(n):
+            rounded[i] = <double><float>loss[i]
+    if job.losses != NULL:
+        for i in range(n):
+            if job.storage == FLOAT64:
+                (<double*>job.losses)[first + i] = rounded[i]
+            else:
+                (<float*>job.losses)[first + i] = <float>rounded[i]
+    job.partial[unit] = fold_lanes(rounded)
 
 
 # ---------------------------------------------------------------------------------------------
 # Rows: classes in the SIMD lanes
 # ---------------------------------------------------------------------------------------------
-# A unit is a group of rows, so that the scalar step has something to vectorise. Scratch: two
-# blocks, the reference point of every block of the group, and, for half types, the group's rows.
+# A unit is a group of rows, so that the scalar step has something to vectorise, and what is
+# written is a long run. Scratch: two blocks, and the group's rows with room for a last chunk.
 
 cdef inline Py_ssize_t rows_in_unit(const Job* job, Py_ssize_t unit) noexcept nogil:
     return min(job.group, job.rows - unit * job.group)
-
-
-cdef inline real* references_of(const Job* job, real* scratch, Py_ssize_t g) noexcept nogil:
-    return scratch + 2 * BLOCK + g * job.blocks
-
-
-cdef inline real* kept_row(
-    const Job* job, Py_ssize_t row, Py_ssize_t g, real* scratch
-) noexcept nogil:
-    """Where exp(x - m) stays until it is written: in `out` itself unless that is of a half type.
-
-    So the memory traffic of `out` overlaps the arithmetic; NULL where there is no `out`.
-    """
-    if job.out == NULL:
-        return NULL
-    if itemsize(job.storage) == 2:
-        return scratch + 2 * BLOCK + job.group * job.blocks + g * job.num_classes
-    return (<real*>job.out) + row * job.num_classes
 
 
 cdef inline const char* row_of(
@@ -703,207 +1000,215 @@ cdef inline const char* row_of(
     return data + row * job.num_classes * itemsize(storage)
 
 
-cdef Reduced largest_of_row(const Job* job, const char* x, real* buffer) noexcept nogil:
-    cdef Reduced r
-    cdef const real* block
+cdef inline real* kept_row(const Job* job, Py_ssize_t g, real* scratch) noexcept nogil:
+    """Where row g of the group is put together before it goes out."""
+    return scratch + 2 * BLOCK + g * job.num_classes
+
+
+cdef inline real largest_of_row(const Job* job, const char* x, real* buffer) noexcept nogil:
     cdef real m = <real>-INFINITY, block_m
     cdef Py_ssize_t b, c, n
-    r.index = 0
-    r.others = 0.0
-    for b in range(job.blocks):
+    for b in range(blocks_in(job.num_classes)):
         c = b * BLOCK
         n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-        block = load_block(job.storage, x, c, n, buffer)
-        block_m = largest(block, n)
-        if block_m > m:
-            m = block_m
-            r.index = c + find(block, n, m)
-    r.maximum = m
-    return r
+        block_m = largest(load_block(job.storage, x, c, n, buffer), n)
+        m = block_m if block_m > m else m
+    return m
 
 
-cdef Reduced reduce_row(
-    const Job* job, const char* x, Py_ssize_t skip, real m, real* kept, real* references,
-    real* scratch,
+cdef inline Py_ssize_t find_in_row(
+    const Job* job, const char* x, real value, real* buffer
 ) noexcept nogil:
-    """The maximum and the sum of exponentials without class `skip`, or, at -1, without the maximum.
+    """The first class whose score is value, or 0."""
+    cdef Py_ssize_t b, c, n, i
+    for b in range(blocks_in(job.num_classes)):
+        c = b * BLOCK
+        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+        i = find(load_block(job.storage, x, c, n, buffer), n, value)
+        if i < n:
+            return c + i
+    return 0
 
-    `m` is where the running maximum starts. kept, unless NULL, receives SCALE * exp(x - reference),
-    the reference of a block being the running maximum at its time, and 0 at the class left out.
+
+cdef inline double exp_row(
+    const Job* job, const char* x, Py_ssize_t skip, real m, real* kept, real* scratch
+) noexcept nogil:
+    """The sum of the exponentials without class `skip`; unless NULL, kept receives them all.
+
+    Meanwhile the rows that come one unit later are fetched, so that memory is never idle.
     """
-    cdef Reduced r
-    cdef const real* block
+    cdef real pivot = pivot_of(m), magic = magic_of(m)
     cdef real* e
-    cdef real block_m, reference
-    cdef double others = 0.0, scale = scale_of(m)
-    cdef Py_ssize_t b, c, n, left_out, index = -1
-    for b in range(job.blocks):
+    cdef const real* block
+    cdef const char* later = x + min(job.group * job.num_classes, <Py_ssize_t>FAR) * itemsize(job.storage)
+    cdef double total = 0.0
+    cdef Py_ssize_t b, c, n
+    for b in range(blocks_in(job.num_classes)):
         c = b * BLOCK
         n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
         block = load_block(job.storage, x, c, n, scratch)
-        block_m = largest(block, n)
-        if block_m > m or (index < 0 and block_m == m) or c == 0:
-            if block_m > m and c > 0:
-                if skip < 0 and index >= 0:
-                    others += 1.0
-                    if kept != NULL:
-                        kept[index] = <real>scale
-                others *= exp_of(<double>m - <double>block_m)
-            m = block_m if block_m > m else m
-            if skip < 0 and block_m == m:
-                index = c + find(block, n, m)
-        # Before the first finite class any finite reference will do: exp(-inf - 0) is 0.
-        reference = m if m > <real>-INFINITY else <real>0.0
         e = scratch + BLOCK if kept == NULL else kept + c
-        exp_block(block, n, reference, e)
-        left_out = (index if skip < 0 else skip) - c
-        if 0 <= left_out < n:
-            e[left_out] = 0
-        others += sum_lanes(e, n) / scale
-        references[b] = m
-    r.maximum = m
-    r.others = others + (<double>m - <double>m)  # NaN where there is no finite maximum
-    r.index = max(index, <Py_ssize_t>0)
-    return r
+        total += exp_block(block, n, skip - c, pivot, magic, e,
+                           later + c * itemsize(job.storage), CHUNK * itemsize(job.storage))
+    return total
 
 
-cdef void write_row(
-    const Job* job, Py_ssize_t row, Py_ssize_t i, const Rows* r, Py_ssize_t index, real* kept,
-    const real* references, real* scratch,
+cdef inline void scale_row(real* e, Py_ssize_t n, double factor) noexcept nogil:
+    cdef Py_ssize_t j
+    cdef real f = narrow_factor(e, n, factor)
+    for j in range(n):
+        e[j] *= f
+
+
+cdef inline real narrow_factor(real* e, Py_ssize_t n, double factor) noexcept nogil:
+    """The factor in the compute type, the power of two that it cannot hold moved to e."""
+    cdef real one = 1
+    cdef int i
+    cdef Py_ssize_t j
+    if -tiny_of(one) < factor < tiny_of(one) and factor != 0.0:
+        for i in range(shift_of(one)):
+            factor *= 2.0
+            one *= <real>0.5
+        for j in range(n):
+            e[j] *= one
+    return <real>factor
+
+
+cdef inline void write_row(
+    const Job* job, Py_ssize_t row, Py_ssize_t i, const Rows* r, Py_ssize_t index, real* e,
+    real* scratch,
 ) noexcept nogil:
-    """From SCALE * exp(x - reference) to the result, in place, then on to a half type."""
-    cdef char* out = <char*>row_of(job, job.out, job.storage, row)
+    """From exponentials to the gradient: factor * e_c - spread * w_c t_c, and left_out at index."""
     cdef const real* t
-    cdef real* e
-    cdef real f, one = 0
-    cdef double factor, spread = r.spread[i], scale = scale_of(one)
-    cdef double keep = 1.0 - job.smoothing, uniform = job.smoothing / job.num_classes
     cdef const double* w
-    cdef Py_ssize_t b, c, j, n
+    cdef double spread = r.spread[i], keep = 1.0 - job.smoothing
+    cdef double uniform = job.smoothing / job.num_classes
+    cdef real f, on_target, on_all
+    cdef Py_ssize_t b, c, j, n, num_classes = job.num_classes
     if r.row_weight[i] == 0.0:
-        memset(out, 0, job.num_classes * itemsize(job.storage))
+        memset(e, 0, num_classes * sizeof(real))
         return
-    for b in range(job.blocks):
-        c = b * BLOCK
-        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-        e = kept + c
-        factor = r.factor[i]
-        if references[b] != r.maximum[i]:
-            factor *= exp_of(references[b] - r.maximum[i])
-        if -tiny_of(one) < factor / scale < tiny_of(one):
-            # The factor would lose its low bits as a subnormal: take SCALE off first.
-            for j in range(n):
-                e[j] *= <real>(1.0 / scale)
-            f = <real>factor
-        else:
-            f = <real>(factor / scale)
-        w = job.weight + c
-        if job.other != NULL:
+    if job.other == NULL and spread == 0.0:
+        scale_row(e, num_classes, r.factor[i])
+        e[index] = <real>r.left_out[i]
+        return
+    f = narrow_factor(e, num_classes, r.factor[i])
+    if job.other == NULL and job.weight == NULL:
+        on_all = <real>spread
+        for j in range(num_classes):
+            e[j] = e[j] * f - on_all
+    elif job.other == NULL:
+        w = job.weight
+        for j in range(num_classes):
+            e[j] = e[j] * f - <real>(spread * w[j])
+    else:
+        on_target, on_all = <real>(spread * keep), <real>(spread * uniform)
+        for b in range(blocks_in(num_classes)):
+            c = b * BLOCK
+            n = min(num_classes - c, <Py_ssize_t>BLOCK)
             t = load_block(job.other_storage, row_of(job, job.other, job.other_storage, row), c, n,
                            scratch)
             if job.weight == NULL:
                 for j in range(n):
-                    e[j] = e[j] * f - <real>(spread * (keep * t[j] + uniform))
+                    e[c + j] = e[c + j] * f - (on_target * t[j] + on_all)
             else:
+                w = job.weight + c
                 for j in range(n):
-                    e[j] = e[j] * f - <real>(spread * w[j] * (keep * t[j] + uniform))
-        elif spread == 0.0:
-            for j in range(n):
-                e[j] *= f
-        elif job.weight == NULL:
-            for j in range(n):
-                e[j] = e[j] * f - <real>spread
-        else:
-            for j in range(n):
-                e[j] = e[j] * f - <real>(spread * w[j])
-        if c <= index < c + n:
-            e[index - c] = <real>r.left_out[i]
-        store_block(job.storage, out, c, n, e)
+                    e[c + j] = e[c + j] * f - <real>(spread * w[j] * (keep * t[j] + uniform))
+    e[index] = <real>r.left_out[i]
+
+
+cdef inline void largest_of_rows(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, Rows* r, real* scratch
+) noexcept nogil:
+    # A loop of its own, like each stage: rows overlap in the processor, stages of one row cannot.
+    cdef Py_ssize_t i
+    for i in range(n):
+        r.maximum[i] = largest_of_row(
+            job, row_of(job, job.logits, job.storage, first + i), scratch)
 
 
 cdef void softmax_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept nogil:
     cdef Rows r
-    cdef Reduced reduced
-    cdef Py_ssize_t index[LANES]
-    cdef Py_ssize_t i, row, n = rows_in_unit(job, unit)
+    cdef Py_ssize_t i, first = unit * job.group, n = rows_in_unit(job, unit)
+    largest_of_rows(job, first, n, &r, scratch)
     for i in range(n):
-        row = unit * job.group + i
-        reduced = reduce_row(
-            job, row_of(job, job.logits, job.storage, row), -1, <real>-INFINITY,
-            kept_row(job, row, i, scratch), references_of(job, scratch, i), scratch,
-        )
-        r.maximum[i], r.others[i], index[i] = reduced.maximum, reduced.others, reduced.index
-        r.row_weight[i] = 1.0
-    softmax_step(&r, n)
+        r.others[i] = exp_row(job, row_of(job, job.logits, job.storage, first + i), -1,
+                              <real>r.maximum[i], kept_row(job, i, scratch), scratch)
     for i in range(n):
-        row = unit * job.group + i
-        write_row(job, row, i, &r, index[i], kept_row(job, row, i, scratch),
-                  references_of(job, scratch, i), scratch)
+        scale_row(kept_row(job, i, scratch), job.num_classes, 1.0 / r.others[i])
+    store(job, first * job.num_classes, n * job.num_classes, kept_row(job, 0, scratch))
 
 
 cdef void log_softmax_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
     """log_softmax, or, without its second pass, logsumexp."""
-    cdef Reduced reduced
+    cdef Rows r
     cdef const char* x
     cdef const real* block
-    cdef real* result = scratch + BLOCK
+    cdef real* result
     cdef real m, log_s
-    cdef Py_ssize_t i, row, b, c, j, n
-    for i in range(rows_in_unit(job, unit)):
-        row = unit * job.group + i
-        x = row_of(job, job.logits, job.storage, row)
-        reduced = reduce_row(job, x, -1, <real>-INFINITY, <real*>NULL,
-                             references_of(job, scratch, i), scratch)
-        m, log_s = <real>reduced.maximum, <real>log1p_of(reduced.others)
-        if operation == LOGSUMEXP:
-            result[0] = <real>(reduced.maximum + log1p_of(reduced.others))
-            store_block(job.storage, job.out, row, 1, result)
-            continue
-        for b in range(job.blocks):
+    cdef Py_ssize_t i, b, c, j, width, first = unit * job.group, n = rows_in_unit(job, unit)
+    largest_of_rows(job, first, n, &r, scratch)
+    for i in range(n):
+        x = row_of(job, job.logits, job.storage, first + i)
+        m = <real>r.maximum[i]
+        r.target_logit[i] = m
+        r.others[i] = exp_row(job, x, find_in_row(job, x, m, scratch), m, <real*>NULL, scratch)
+    add_exponentials(&r, n, scratch[0])
+    for i in range(n):
+        r.loss[i] = log1p_of(r.others[i] / r.top[i])
+    result = kept_row(job, 0, scratch)
+    if operation == LOGSUMEXP:
+        for i in range(n):
+            result[i] = <real>(r.maximum[i] + r.loss[i])
+        store(job, first, n, result)
+        return
+    for i in range(n):
+        x = row_of(job, job.logits, job.storage, first + i)
+        m, log_s = <real>r.maximum[i], <real>r.loss[i]
+        result = kept_row(job, i, scratch)
+        for b in range(blocks_in(job.num_classes)):
             c = b * BLOCK
-            n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-            block = load_block(job.storage, x, c, n, scratch)
-            for j in range(n):
-                result[j] = (block[j] - m) - log_s
-            store_block(job.storage, <char*>row_of(job, job.out, job.storage, row), c, n, result)
+            width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+            block = load_block(job.storage, x, c, width, scratch)
+            for j in range(width):
+                result[c + j] = (block[j] - m) - log_s
+    store(job, first * job.num_classes, n * job.num_classes, kept_row(job, 0, scratch))
 
 
 cdef void cross_entropy_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
     cdef Rows r
-    cdef Reduced reduced
     cdef int64_t y[LANES]
     cdef const char* x
-    cdef Py_ssize_t i, row, n = rows_in_unit(job, unit)
+    cdef real* e = NULL
+    cdef real m
+    cdef Py_ssize_t i, first = unit * job.group, n = rows_in_unit(job, unit)
     if operation == CROSS_ENTROPY:
-        read_targets(job, unit * job.group, n, y, &r)
+        read_targets(job, first, n, y, &r)
     else:
-        read_sample_weights(job, unit * job.group, n, &r)
+        read_sample_weights(job, first, n, &r)
+    largest_of_rows(job, first, n, &r, scratch)
     for i in range(n):
-        r.maximum[i] = r.others[i] = r.target_logit[i] = r.gap[i] = 0.0
-        r.mass[i] = r.top_mass[i] = 0.0
+        r.others[i] = r.target_logit[i] = r.gap[i] = r.mass[i] = r.top_mass[i] = 0.0
         if r.row_weight[i] == 0.0:
+            r.maximum[i] = 0.0
             continue
-        row = unit * job.group + i
-        x = row_of(job, job.logits, job.storage, row)
-        reduced.maximum = -INFINITY
+        x = row_of(job, job.logits, job.storage, first + i)
+        m = <real>r.maximum[i]
         if operation == CROSS_ENTROPY_SOFT:
-            reduced = largest_of_row(job, x, scratch)
-            y[i] = reduced.index
-            soft_sums(job, row, i, &r, reduced, scratch)
-        else:
-            r.target_logit[i] = load_block(job.storage, x, y[i], 1, scratch)[0]
-            if job.smoothing != 0.0:
-                reduced = largest_of_row(job, x, scratch)
-                r.gap[i] = gap_of_row(job, x, reduced.maximum, scratch)
-        reduced = reduce_row(
-            job, x, y[i], <real>reduced.maximum, kept_row(job, row, i, scratch),
-            references_of(job, scratch, i), scratch,
-        )
-        r.maximum[i], r.others[i] = reduced.maximum, reduced.others
+            y[i] = find_in_row(job, x, m, scratch)
+            soft_sums(job, first + i, i, &r, m, y[i], scratch)
+        elif job.smoothing != 0.0:
+            r.gap[i] = gap_of_row(job, x, m, scratch)
+        if job.out != NULL:
+            e = kept_row(job, i, scratch)
+        r.target_logit[i] = load_block(job.storage, x, y[i], 1, scratch)[0]
+        r.others[i] = exp_row(job, x, y[i], m, e, scratch)
+    add_exponentials(&r, n, scratch[0])
     if operation == CROSS_ENTROPY:
         cross_entropy_step(job, &r, n)
     else:
@@ -912,28 +1217,25 @@ cdef void cross_entropy_rows(
     if job.out == NULL:
         return
     for i in range(n):
-        row = unit * job.group + i
-        write_row(job, row, i, &r, y[i], kept_row(job, row, i, scratch),
-                  references_of(job, scratch, i), scratch)
+        write_row(job, first + i, i, &r, y[i], kept_row(job, i, scratch), scratch)
+    store(job, first * job.num_classes, n * job.num_classes, kept_row(job, 0, scratch))
 
 
-cdef double gap_of_row(
-    const Job* job, const char* x, double maximum, real* scratch
-) noexcept nogil:
+cdef double gap_of_row(const Job* job, const char* x, real m, real* scratch) noexcept nogil:
     cdef const double* weight = NULL
     cdef double gap = 0.0
     cdef Py_ssize_t b, c, n
-    for b in range(job.blocks):
+    for b in range(blocks_in(job.num_classes)):
         c = b * BLOCK
         n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
         if job.weight != NULL:
             weight = job.weight + c
-        gap += gap_lanes(load_block(job.storage, x, c, n, scratch), weight, n, maximum)
+        gap += gap_block(load_block(job.storage, x, c, n, scratch), weight, n, m)
     return gap
 
 
 cdef void soft_sums(
-    const Job* job, Py_ssize_t row, Py_ssize_t i, Rows* r, Reduced top, real* scratch
+    const Job* job, Py_ssize_t row, Py_ssize_t i, Rows* r, real m, Py_ssize_t index, real* scratch
 ) noexcept nogil:
     """What the scalar step wants to know of soft targets."""
     cdef const char* x = row_of(job, job.logits, job.storage, row)
@@ -941,17 +1243,17 @@ cdef void soft_sums(
     cdef const real* block
     cdef const real* t
     cdef Py_ssize_t b, c, n, k
-    for b in range(job.blocks):
+    for b in range(blocks_in(job.num_classes)):
         c = b * BLOCK
         n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
         block = load_block(job.storage, x, c, n, scratch)
         t = load_block(job.other_storage, targets, c, n, scratch + BLOCK)
-        k = min(max(top.index - c, <Py_ssize_t>0), n)
-        soft_lanes(job, block, t, c, k, top.maximum, &r.gap[i], &r.mass[i])
-        if k < n and c + k == top.index:
-            soft_lanes(job, block + k, t + k, top.index, 1, top.maximum, &r.gap[i], &r.top_mass[i])
+        k = min(max(index - c, <Py_ssize_t>0), n)
+        soft_block(job, block, t, c, k, m, &r.gap[i], &r.mass[i])
+        if k < n and c + k == index:
+            soft_block(job, block + k, t + k, index, 1, m, &r.gap[i], &r.top_mass[i])
             k += 1
-        soft_lanes(job, block + k, t + k, c + k, n - k, top.maximum, &r.gap[i], &r.mass[i])
+        soft_block(job, block + k, t + k, c + k, n - k, m, &r.gap[i], &r.mass[i])
 
 
 cdef void backward_rows(
@@ -962,48 +1264,104 @@ cdef void backward_rows(
     cdef const char* upstream
     cdef const real* p
     cdef const real* g
-    cdef real* result = scratch + BLOCK
-    cdef real m = 0, f, one = 0
+    cdef real* result
+    cdef real f, pivot, magic, lowest, m
     cdef double total
-    cdef Py_ssize_t i, row, b, c, j, n
-    for i in range(rows_in_unit(job, unit)):
-        row = unit * job.group + i
-        forward = row_of(job, job.logits, job.storage, row)
-        upstream = row_of(job, job.other, job.storage, row)
+    cdef Py_ssize_t i, b, c, j, width, first = unit * job.group, n = rows_in_unit(job, unit)
+    for i in range(n):
+        forward = row_of(job, job.logits, job.storage, first + i)
+        upstream = row_of(job, job.other, job.storage, first + i)
         total = 0.0
-        for b in range(job.blocks):
+        for b in range(blocks_in(job.num_classes)):
             c = b * BLOCK
-            n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-            g = load_block(job.storage, upstream, c, n, scratch)
+            width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+            g = load_block(job.storage, upstream, c, width, scratch)
             if operation == SOFTMAX_BACKWARD:
-                p = load_block(job.storage, forward, c, n, result)
-                total += dot_lanes(g, p, n)
+                p = load_block(job.storage, forward, c, width, scratch + BLOCK)
+                total += dot_lanes(g, p, width)
             else:
-                total += sum_lanes(g, n)
+                total += sum_lanes(g, width)
         f = <real>total
+        m = pivot = magic = lowest = 0
         if operation == LOG_SOFTMAX_BACKWARD:
-            # Log-probabilities are at most 0, but the formula holds for any l.
-            m = <real>max(largest_of_row(job, forward, scratch).maximum, 0.0)
-            f = <real>(total * exp_any(m) / scale_of(one))
-        for b in range(job.blocks):
+            m = reference_above(largest_of_row(job, forward, scratch))
+            f = <real>(total * unit_of(m))
+            pivot, magic = pivot_of(m), magic_of(m)
+            lowest = lowest_of(magic)
+        for b in range(blocks_in(job.num_classes)):
             c = b * BLOCK
-            n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-            g = load_block(job.storage, upstream, c, n, scratch)
-            p = load_block(job.storage, forward, c, n, result)
+            width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+            g = load_block(job.storage, upstream, c, width, scratch)
+            p = load_block(job.storage, forward, c, width, scratch + BLOCK)
+            result = kept_row(job, i, scratch) + c
             if operation == SOFTMAX_BACKWARD:
-                for j in range(n):
+                for j in range(width):
                     result[j] = p[j] * (g[j] - f)
             else:
-                for j in range(n):
-                    result[j] = g[j] - exp_scaled(p[j], m) * f
-            store_block(job.storage, <char*>row_of(job, job.out, job.storage, row), c, n, result)
+                for j in range(width):
+                    result[j] = g[j] - exponential(p[j], pivot, magic, lowest) * f
+    store(job, first * job.num_classes, n * job.num_classes, kept_row(job, 0, scratch))
+
+
+cdef inline real reference_above(real maximum) noexcept nogil:
+    """Log-probabilities are at most 0, but the formulas hold for any: a reference for both."""
+    return maximum if maximum > 0 else <real>0.0
+
+
+cdef inline double unit_of(real m) noexcept nogil:
+    """What an exponential with reference m is multiplied by to give exp(x)."""
+    cdef real magic = magic_of(m), pivot = pivot_of(m)
+    return exp_any(m) / <double>exponential(m, pivot, magic, lowest_of(magic))
 
 
 # ---------------------------------------------------------------------------------------------
 # Tiles: samples in the SIMD lanes
 # ---------------------------------------------------------------------------------------------
 # A unit is LANES samples that follow each other in (outer, inner) order, held in scratch as
-# [class][lane]; lanes without a sample hold zeros. Scratch: two tiles and a line.
+# [class][lane]; lanes without a sample hold zeros. Scratch: the samples one after the other, as
+# rows, and two tiles; transposing moves eight by eight, and may go seven beyond either. Then the
+# carries, for runs of output that begin and end within a cache line.
+
+cdef inline void transpose(
+    const real* source, Py_ssize_t source_step, real* to, Py_ssize_t to_step, Py_ssize_t count
+) noexcept nogil:
+    if real is float:
+        fl_transpose_f(source, source_step, to, to_step, count)
+    else:
+        fl_transpose_d(source, source_step, to, to_step, count)
+
+
+cdef inline real* tile_of(const Job* job, real* scratch) noexcept nogil:
+    return scratch + (job.num_classes + 1) * LANES
+
+
+cdef inline Py_ssize_t tile_numbers(const Job* job) noexcept nogil:
+    """What a unit of tiles needs of scratch; the carries, one a class, lie behind it."""
+    return (job.num_classes + 1 + 2 * (job.num_classes + 8)) * LANES
+
+
+cdef inline Carry* carries_of(const Job* job, real* scratch) noexcept nogil:
+    return <Carry*>(scratch + tile_numbers(job))
+
+
+cdef inline bint carries(const Job* job) noexcept nogil:
+    return job.tiles and job.stream and job.inner > 1
+
+
+cdef inline void begin_carries(const Job* job, real* scratch) noexcept nogil:
+    if carries(job):
+        memset(carries_of(job, scratch), 0, job.num_classes * sizeof(Carry))
+
+
+cdef inline void flush_carries(const Job* job, real* scratch) noexcept nogil:
+    cdef Carry* carry
+    cdef Py_ssize_t c
+    if carries(job):
+        for c in range(job.num_classes):
+            carry = carries_of(job, scratch) + c
+            if carry.end != NULL:
+                flush(carry)
+
 
 cdef inline void load_tile(
     const Job* job, Storage storage, const char* data, Py_ssize_t unit, real* tile, real* buffer
@@ -1011,21 +1369,30 @@ cdef inline void load_tile(
     cdef Py_ssize_t C = job.num_classes, inner = job.inner
     cdef Py_ssize_t first = unit * LANES
     cdef Py_ssize_t n = min(job.rows - first, <Py_ssize_t>LANES)
-    cdef Py_ssize_t lane = 0, width, c, j, o, i
+    cdef Py_ssize_t lane = 0, width, c, j, o, i, start
     cdef const real* line
+    if inner == 1:
+        line = load_block(storage, data, first * C, n * C, buffer)
+        if line != buffer and (first + LANES) * C + 8 > job.rows * C:
+            # Transposing must not read beyond the array.
+            memset(buffer, 0, LANES * C * sizeof(real))
+            memcpy(buffer, line, n * C * sizeof(real))
+            line = buffer
+        elif n < LANES:
+            memset(buffer + n * C, 0, (LANES - n) * C * sizeof(real))
+        for lane in range(0, LANES, 8):
+            for c in range(0, C, 8):
+                transpose(line + lane * C + c, C, tile + c * LANES + lane, LANES,
+                          min(C - c, <Py_ssize_t>8))
+        return
     if n < LANES:
         memset(tile, 0, C * LANES * sizeof(real))
-    if inner == 1:
-        for lane in range(n):
-            line = load_block(storage, data, (first + lane) * C, C, buffer)
-            for c in range(C):
-                tile[c * LANES + lane] = line[c]
-        return
     while lane < n:
         o, i = (first + lane) // inner, (first + lane) % inner
         width = min(n - lane, inner - i)
         for c in range(C):
-            line = load_block(storage, data, (o * C + c) * inner + i, width, buffer)
+            start = (o * C + c) * inner + i
+            line = load_block(storage, data, start, width, buffer)
             memcpy(tile + c * LANES + lane, line, width * sizeof(real))
         lane += width
 
@@ -1038,21 +1405,22 @@ cdef inline void store_tile(
     cdef Py_ssize_t n = min(job.rows - first, <Py_ssize_t>LANES)
     cdef Py_ssize_t lane = 0, width, c, o, i
     if inner == 1:
-        for lane in range(n):
-            for c in range(C):
-                buffer[c] = tile[c * LANES + lane]
-            store_block(job.storage, job.out, (first + lane) * C, C, buffer)
+        # From the last classes to the first: what goes beyond a row is written over by the next.
+        for lane in range(0, LANES, 8):
+            for c in range((C - 1) // 8 * 8, -1, -8):
+                transpose(tile + c * LANES + lane, LANES, buffer + lane * C + c, C, 8)
+        store(job, first * C, n * C, buffer)
         return
     while lane < n:
         o, i = (first + lane) // inner, (first + lane) % inner
         width = min(n - lane, inner - i)
         for c in range(C):
-            store_block(job.storage, job.out, (o * C + c) * inner + i, width,
-                        tile + c * LANES + lane)
+            store_run(job, carries_of(job, buffer) + c, (o * C + c) * inner + i, width,
+                      tile + c * LANES + lane)
         lane += width
 
 
-cdef void clear_dead_lanes(const Job* job, const Rows* r, real* tile) noexcept nogil:
+cdef inline void clear_dead_lanes(const Job* job, const Rows* r, real* tile) noexcept nogil:
     """Nothing of a row that counts for nothing, a NaN least of all, gets through."""
     cdef Py_ssize_t c, lane
     for lane in range(LANES):
@@ -1061,90 +1429,132 @@ cdef void clear_dead_lanes(const Job* job, const Rows* r, real* tile) noexcept n
                 tile[c * LANES + lane] = 0
 
 
-cdef void largest_in_lanes(
-    const Job* job, const real* tile, real* maximum, real* index
-) noexcept nogil:
+cdef inline void largest_in_lanes(const Job* job, const real* tile, real* maximum) noexcept nogil:
     cdef real m[LANES]
-    cdef real k[LANES]
-    cdef real x
     cdef Py_ssize_t c, j
     for j in range(LANES):
         m[j] = <real>-INFINITY
-        k[j] = 0
     for c in range(job.num_classes):
         for j in range(LANES):
-            x = tile[c * LANES + j]
-            k[j] = <real>c if x > m[j] else k[j]
-            m[j] = x if x > m[j] else m[j]
+            m[j] = tile[c * LANES + j] if tile[c * LANES + j] > m[j] else m[j]
     for j in range(LANES):
         maximum[j] = m[j]
+
+
+cdef inline void find_in_lanes(
+    const Job* job, const real* tile, const real* maximum, int32_t* index
+) noexcept nogil:
+    """The first class whose score is the maximum, or 0."""
+    cdef real m[LANES]
+    cdef int32_t k[LANES]
+    cdef int32_t c
+    cdef Py_ssize_t j
+    for j in range(LANES):
+        m[j] = maximum[j]
+        k[j] = 0
+    for c in range(<int32_t>job.num_classes - 1, -1, -1):
+        for j in range(LANES):
+            k[j] = c if tile[c * LANES + j] == m[j] else k[j]
+    for j in range(LANES):
         index[j] = k[j]
 
 
-cdef void reduce_tile(
-    const Job* job, real* tile, const real* maximum, const real* skip, bint keep, Rows* r
+cdef inline void exp_tile(
+    const Job* job, Py_ssize_t unit, real* tile, const real* maximum, const int32_t* index,
+    bint keep, Rows* r,
 ) noexcept nogil:
-    """Sums of exponentials without class skip; the tile then holds SCALE * exp(x - maximum)."""
-    cdef real m[LANES]
-    cdef real left_out[LANES]
+    """Sums of exponentials without class index; if keep, they take the place of the scores.
+
+    Meanwhile the scores of the next unit are fetched, so that memory is never idle.
+    """
+    cdef real pivot[LANES]
+    cdef real magic[LANES]
+    cdef real lowest[LANES]
     cdef real line[LANES]
     cdef real lane[LANES]
     cdef double total[LANES]
-    cdef double scale
-    cdef real one = 0
-    cdef Py_ssize_t c, j
-    scale = scale_of(one)
+    cdef int32_t hole[LANES]
+    cdef Py_ssize_t first = (unit + 1) * LANES, size = itemsize(job.storage)
+    cdef Py_ssize_t step = (LANES if job.inner == 1 else job.inner) * size
+    cdef const char* later = job.logits + size * (
+        first // job.inner * job.num_classes * job.inner + first % job.inner)
+    cdef int32_t c
+    cdef Py_ssize_t j
     for j in range(LANES):
-        m[j] = maximum[j]
-        left_out[j] = skip[j]
+        pivot[j] = pivot_of(maximum[j])
+        magic[j] = magic_of(maximum[j])
+        lowest[j] = lowest_of(magic[j])
+        hole[j] = index[j]
         lane[j] = 0
         total[j] = 0.0
-    for c in range(job.num_classes):
-        memcpy(line, tile + c * LANES, sizeof(line))
+    for c in range(<int32_t>job.num_classes):
+        fetch(later + c * step, LANES * size)
         for j in range(LANES):
-            line[j] = exp_scaled(line[j], m[j])
-            lane[j] += <real>0 if left_out[j] == <real>c else line[j]
+            line[j] = exponential(tile[c * LANES + j], pivot[j], magic[j], lowest[j])
+        for j in range(LANES):
+            lane[j] += <real>0 if hole[j] == c else line[j]
         if keep:
-            memcpy(tile + c * LANES, line, sizeof(line))
+            for j in range(LANES):
+                tile[c * LANES + j] = line[j]
         if c % RUN == RUN - 1:
             for j in range(LANES):
                 total[j] += lane[j]
                 lane[j] = 0
     for j in range(LANES):
-        r.maximum[j] = m[j]
-        # NaN where there is no finite maximum
-        r.others[j] = (total[j] + lane[j]) / scale + (r.maximum[j] - r.maximum[j])
+        r.maximum[j] = maximum[j]
+        r.others[j] = total[j] + lane[j]
 
 
-cdef void scale_tile(
-    const Job* job, real* tile, const real* targets, const Rows* r, const real* skip
-) noexcept nogil:
-    """From SCALE * exp(x - maximum) to the result."""
-    cdef real f[LANES]
-    cdef double spread[LANES]
-    cdef double keep = 1.0 - job.smoothing, uniform = job.smoothing / job.num_classes, w
-    cdef real one = 0
-    cdef double scale = scale_of(one)
-    cdef bint spreads = False
+cdef inline void narrow_factors(const Job* job, real* tile, const Rows* r, real* f) noexcept nogil:
+    """The factors in the compute type, the power of two that it cannot hold moved to the tile."""
+    cdef real one = 1, power = 1
+    cdef bint small = False
     cdef Py_ssize_t c, j
     for j in range(LANES):
-        f[j] = <real>(r.factor[j] / scale)
+        f[j] = <real>r.factor[j]
+        small |= (-tiny_of(one) < r.factor[j]) & (r.factor[j] < tiny_of(one)) & (r.factor[j] != 0)
+    if not small:
+        return
+    for j in range(shift_of(one)):
+        power *= <real>0.5
+    for j in range(LANES):
+        if -tiny_of(one) < r.factor[j] < tiny_of(one):
+            f[j] = <real>(r.factor[j] / power)
+            for c in range(job.num_classes):
+                tile[c * LANES + j] *= power
+
+
+cdef inline void scale_tile(
+    const Job* job, real* tile, const real* targets, const Rows* r, const int32_t* index
+) noexcept nogil:
+    """From exponentials to the gradient: factor * e_c - spread * w_c t_c, and left_out at index."""
+    cdef real f[LANES]
+    cdef real left_out[LANES]
+    cdef double spread[LANES]
+    cdef int32_t hole[LANES]
+    cdef double keep = 1.0 - job.smoothing, uniform = job.smoothing / job.num_classes, w
+    cdef int32_t c
+    cdef Py_ssize_t j
+    narrow_factors(job, tile, r, f)
+    for j in range(LANES):
         spread[j] = r.spread[j]
-        spreads |= spread[j] != 0.0
-    for c in range(job.num_classes):
+        left_out[j] = <real>r.left_out[j]
+        hole[j] = index[j]
+    for c in range(<int32_t>job.num_classes):
         w = 1.0 if job.weight == NULL else job.weight[c]
         if targets != NULL:
             for j in range(LANES):
                 tile[c * LANES + j] = tile[c * LANES + j] * f[j] - <real>(
                     spread[j] * w * (keep * targets[c * LANES + j] + uniform))
-        elif spreads:
+        elif job.smoothing != 0.0:
             for j in range(LANES):
                 tile[c * LANES + j] = tile[c * LANES + j] * f[j] - <real>(spread[j] * w)
         else:
             for j in range(LANES):
                 tile[c * LANES + j] *= f[j]
-    for j in range(LANES):
-        tile[<Py_ssize_t>skip[j] * LANES + j] = <real>r.left_out[j]
+        # In passing: numbers put one by one into the tile would hold up who then reads vectors.
+        for j in range(LANES):
+            tile[c * LANES + j] = left_out[j] if hole[j] == c else tile[c * LANES + j]
 
 
 cdef void softmax_tile(
@@ -1153,29 +1563,41 @@ cdef void softmax_tile(
     """softmax, log_softmax and logsumexp."""
     cdef Rows r
     cdef real maximum[LANES]
-    cdef real index[LANES]
     cdef real log_s[LANES]
+    cdef int32_t index[LANES]
     cdef real* buffer = scratch
-    cdef real* tile = buffer + max(job.num_classes, <Py_ssize_t>LANES)
-    cdef Py_ssize_t c, j, n
+    cdef real* tile = tile_of(job, scratch)
+    cdef Py_ssize_t c, j
     load_tile(job, job.storage, job.logits, unit, tile, buffer)
-    largest_in_lanes(job, tile, maximum, index)
-    reduce_tile(job, tile, maximum, index, operation == SOFTMAX, &r)
+    largest_in_lanes(job, tile, maximum)
     if operation == SOFTMAX:
-        softmax_step(&r, LANES)
-        scale_tile(job, tile, <const real*>NULL, &r, index)
-    elif operation == LOG_SOFTMAX:
         for j in range(LANES):
-            log_s[j] = <real>log1p_of(r.others[j])
+            index[j] = -1
+        exp_tile(job, unit, tile, maximum, index, True, &r)
+        for j in range(LANES):
+            log_s[j] = <real>(1.0 / r.others[j])
         for c in range(job.num_classes):
             for j in range(LANES):
-                tile[c * LANES + j] = (tile[c * LANES + j] - maximum[j]) - log_s[j]
-    else:
-        n = min(job.rows - unit * LANES, <Py_ssize_t>LANES)
-        for j in range(LANES):
-            buffer[j] = <real>(r.maximum[j] + log1p_of(r.others[j]))
-        store_block(job.storage, job.out, unit * LANES, n, buffer)
+                tile[c * LANES + j] *= log_s[j]
+        store_tile(job, unit, tile, buffer)
         return
+    find_in_lanes(job, tile, maximum, index)
+    exp_tile(job, unit, tile, maximum, index, False, &r)
+    for j in range(LANES):
+        r.target_logit[j] = r.maximum[j]
+    add_exponentials(&r, LANES, scratch[0])
+    for j in range(LANES):
+        r.loss[j] = log1p_of(r.others[j] / r.top[j])
+    if operation == LOGSUMEXP:
+        for j in range(LANES):
+            buffer[j] = <real>(r.maximum[j] + r.loss[j])
+        store(job, unit * LANES, min(job.rows - unit * LANES, <Py_ssize_t>LANES), buffer)
+        return
+    for j in range(LANES):
+        log_s[j] = <real>r.loss[j]
+    for c in range(job.num_classes):
+        for j in range(LANES):
+            tile[c * LANES + j] = (tile[c * LANES + j] - maximum[j]) - log_s[j]
     store_tile(job, unit, tile, buffer)
 
 
@@ -1184,30 +1606,35 @@ cdef void cross_entropy_tile(
 ) noexcept nogil:
     cdef Rows r
     cdef int64_t y[LANES]
+    cdef int32_t index[LANES]
     cdef real maximum[LANES]
-    cdef real index[LANES]
     cdef real* buffer = scratch
-    cdef real* tile = buffer + max(job.num_classes, <Py_ssize_t>LANES)
+    cdef real* tile = tile_of(job, scratch)
     cdef real* targets = NULL
     cdef Py_ssize_t j, n = min(job.rows - unit * LANES, <Py_ssize_t>LANES)
-    memset(&r, 0, sizeof(r))
+    for j in range(n, LANES):
+        y[j] = 0
+        r.row_weight[j] = r.target_weight[j] = 0.0
     load_tile(job, job.storage, job.logits, unit, tile, buffer)
     if operation == CROSS_ENTROPY:
-        memset(y, 0, sizeof(y))
         read_targets(job, unit * LANES, n, y, &r)
+        for j in range(LANES):
+            index[j] = <int32_t>y[j]
     else:
         read_sample_weights(job, unit * LANES, n, &r)
-        targets = tile + job.num_classes * LANES
+        targets = tile + (job.num_classes + 8) * LANES
         load_tile(job, job.other_storage, job.other, unit, targets, buffer)
     clear_dead_lanes(job, &r, tile)
-    largest_in_lanes(job, tile, maximum, index)
-    if operation == CROSS_ENTROPY:
-        for j in range(LANES):
-            r.target_logit[j] = tile[y[j] * LANES + j]
-            index[j] = <real>y[j]
+    largest_in_lanes(job, tile, maximum)
+    if operation == CROSS_ENTROPY_SOFT:
+        find_in_lanes(job, tile, maximum, index)
+    for j in range(LANES):
+        r.target_logit[j] = tile[index[j] * LANES + j]
+        r.gap[j] = 0.0
     if operation == CROSS_ENTROPY_SOFT or job.smoothing != 0.0:
         gaps_of_tile(job, tile, targets, maximum, index, &r)
-    reduce_tile(job, tile, maximum, index, job.out != NULL, &r)
+    exp_tile(job, unit, tile, maximum, index, job.out != NULL, &r)
+    add_exponentials(&r, LANES, scratch[0])
     if operation == CROSS_ENTROPY:
         cross_entropy_step(job, &r, LANES)
     else:
@@ -1218,21 +1645,23 @@ cdef void cross_entropy_tile(
         store_tile(job, unit, tile, buffer)
 
 
-cdef void gaps_of_tile(
-    const Job* job, const real* tile, const real* targets, const real* maximum, const real* index,
-    Rows* r,
+cdef inline void gaps_of_tile(
+    const Job* job, const real* tile, const real* targets, const real* maximum,
+    const int32_t* index, Rows* r,
 ) noexcept nogil:
     """sum w_c t_c (m - x_c), the sum of w_c t_c without the maximum, and its w_k t_k."""
     cdef double gap[LANES]
     cdef double mass[LANES]
-    cdef double top[LANES]
     cdef double m[LANES]
+    cdef int32_t hole[LANES]
     cdef double keep = 1.0 - job.smoothing, uniform = job.smoothing / job.num_classes, w, wt
-    cdef Py_ssize_t c, j
+    cdef int32_t c
+    cdef Py_ssize_t j
     for j in range(LANES):
-        gap[j] = mass[j] = top[j] = 0.0
+        gap[j] = mass[j] = 0.0
         m[j] = maximum[j]
-    for c in range(job.num_classes):
+        hole[j] = index[j]
+    for c in range(<int32_t>job.num_classes):
         w = 1.0 if job.weight == NULL else job.weight[c]
         if targets == NULL:
             for j in range(LANES):
@@ -1241,26 +1670,28 @@ cdef void gaps_of_tile(
             for j in range(LANES):
                 wt = w * (keep * targets[c * LANES + j] + uniform)
                 gap[j] += gap_term(wt, m[j], tile[c * LANES + j])
-                mass[j] += 0.0 if index[j] == <real>c else wt
-                top[j] = wt if index[j] == <real>c else top[j]
+                mass[j] += 0.0 if hole[j] == c else wt
     for j in range(LANES):
         r.gap[j] = gap[j]
-        r.mass[j] = mass[j]
-        r.top_mass[j] = top[j]
+        if targets != NULL:
+            w = 1.0 if job.weight == NULL else job.weight[index[j]]
+            r.mass[j] = mass[j]
+            r.top_mass[j] = w * (keep * targets[index[j] * LANES + j] + uniform)
 
 
 cdef void backward_tile(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
     cdef real maximum[LANES]
-    cdef real index[LANES]
+    cdef real pivot[LANES]
+    cdef real magic[LANES]
+    cdef real lowest[LANES]
     cdef real f[LANES]
     cdef real lane[LANES]
     cdef double total[LANES]
-    cdef real one = 0
     cdef real* buffer = scratch
-    cdef real* p = buffer + max(job.num_classes, <Py_ssize_t>LANES)
-    cdef real* g = p + job.num_classes * LANES
+    cdef real* p = tile_of(job, scratch)
+    cdef real* g = p + (job.num_classes + 8) * LANES
     cdef Py_ssize_t c, j
     load_tile(job, job.storage, job.logits, unit, p, buffer)
     load_tile(job, job.storage, job.other, unit, g, buffer)
@@ -1282,18 +1713,21 @@ cdef void backward_tile(
         total[j] += lane[j]
         f[j] = <real>total[j]
     if operation == LOG_SOFTMAX_BACKWARD:
-        largest_in_lanes(job, p, maximum, index)
+        largest_in_lanes(job, p, maximum)
         for j in range(LANES):
-            maximum[j] = maximum[j] if maximum[j] > 0 else <real>0
-            f[j] = <real>(total[j] * exp_any(maximum[j]) / scale_of(one))
+            maximum[j] = reference_above(maximum[j])
+            f[j] = <real>(total[j] * unit_of(maximum[j]))
+            pivot[j] = pivot_of(maximum[j])
+            magic[j] = magic_of(maximum[j])
+            lowest[j] = lowest_of(magic[j])
     for c in range(job.num_classes):
         if operation == SOFTMAX_BACKWARD:
             for j in range(LANES):
                 p[c * LANES + j] *= g[c * LANES + j] - f[j]
         else:
             for j in range(LANES):
-                p[c * LANES + j] = (
-                    g[c * LANES + j] - exp_scaled(p[c * LANES + j], maximum[j]) * f[j])
+                p[c * LANES + j] = g[c * LANES + j] - exponential(
+                    p[c * LANES + j], pivot[j], magic[j], lowest[j]) * f[j]
     store_tile(job, unit, p, buffer)
 
 
@@ -1321,7 +1755,7 @@ cdef void nll_unit(
         else:
             # Adding 0 makes +0 of -0.
             scratch[0] = <real>(0.0 - job.scale * r.target_weight[i] * r.row_weight[i])
-            store_block(job.storage, job.out, place, 1, scratch)
+            store(job, place, 1, scratch)
     if operation == NLL:
         deliver_losses(job, unit, n, r.loss)
 
@@ -1335,7 +1769,7 @@ cdef inline void run_unit(
 ) noexcept nogil:
     if operation == NLL or operation == NLL_BACKWARD:
         nll_unit(job, operation, unit, scratch)
-    elif job.blocks == 0:  # tiles
+    elif job.tiles:
         if operation <= LOGSUMEXP:
             softmax_tile(job, operation, unit, scratch)
         elif operation <= LOG_SOFTMAX_BACKWARD:
@@ -1352,44 +1786,59 @@ cdef inline void run_unit(
         cross_entropy_rows(job, operation, unit, scratch)
 
 
+cdef inline void run_units(
+    const Job* job, Operation operation, Py_ssize_t first, Py_ssize_t last, real* scratch
+) noexcept nogil:
+    cdef Py_ssize_t unit
+    begin_carries(job, scratch)
+    for unit in range(first, last):
+        run_unit(job, operation, unit, scratch)
+    flush_carries(job, scratch)
+
+
 cdef void run_share(
     const Job* job, Operation operation, Py_ssize_t units, int thread, int num_threads,
     char* scratch, Py_ssize_t scratch_bytes,
 ) noexcept nogil:
     """One thread's contiguous share of the units."""
-    cdef Py_ssize_t unit, first = units * thread // num_threads
+    cdef Py_ssize_t first = units * thread // num_threads
     cdef Py_ssize_t last = units * (thread + 1) // num_threads
     cdef unsigned int mode = fl_enter_ieee_mode()
     scratch += thread * scratch_bytes
-    for unit in range(first, last):
-        if job.storage == FLOAT64:
-            run_unit(job, operation, unit, <double*>scratch)
-        else:
-            run_unit(job, operation, unit, <float*>scratch)
+    if job.storage == FLOAT64:
+        run_units(job, operation, first, last, <double*>scratch)
+    else:
+        run_units(job, operation, first, last, <float*>scratch)
+    if job.stream:
+        fl_end_stream()
     fl_leave_ieee_mode(mode)
 
 
 cdef inline Py_ssize_t round_up(Py_ssize_t n) noexcept:
     """To whole cache lines."""
-    return (n + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+    return (n + LINE - 1) // LINE * LINE
 
 
 cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
     """Choose rows or tiles and the size of a unit; return the bytes of scratch a thread needs."""
     cdef Py_ssize_t C = job.num_classes, numbers
+    job.group = LANES
+    job.tiles = job.inner > 1 or C <= SHORT_ROW
     if operation == NLL or operation == NLL_BACKWARD:
-        job.group, job.blocks = LANES, 0
         numbers = 1
-    elif job.inner == 1 and C > SHORT_ROW:
-        job.group = min(max(<Py_ssize_t>GROUP // C, <Py_ssize_t>1), <Py_ssize_t>LANES)
-        job.blocks = (C + BLOCK - 1) // BLOCK
-        numbers = 2 * BLOCK + job.group * job.blocks
-        if itemsize(job.storage) == 2:
-            numbers += job.group * C
+    elif job.tiles:
+        numbers = tile_numbers(job)
     else:
-        job.group, job.blocks = LANES, 0
-        numbers = max(C, <Py_ssize_t>LANES) + 2 * C * LANES
+        job.group = min(max(<Py_ssize_t>GROUP // C, <Py_ssize_t>1), <Py_ssize_t>LANES)
+        numbers = 2 * BLOCK + job.group * C + CHUNK
+    # In place, what is written is in the cache already.
+    job.stream = (
+        operation < NLL and operation != LOGSUMEXP and job.out != NULL and job.out != job.logits
+        and job.rows * C * itemsize(job.storage) >= STREAM_BYTES
+    )
     numbers *= 8 if job.storage == FLOAT64 else 4
+    if carries(job):
+        numbers += C * sizeof(Carry)
     return round_up(numbers)  # threads do not share a cache line
 
 
@@ -1403,7 +1852,7 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
     if units == 0:
         return 0.0
     # All memory is taken before anything is written: where there is none, MemoryError says so.
-    memory = np.empty(threads * scratch_bytes + CACHE_LINE, np.uint8)
+    memory = np.empty(threads * scratch_bytes + LINE, np.uint8)
     partial = np.empty(units)
     scratch = <char*>round_up(<Py_ssize_t>cnp.PyArray_BYTES(memory))
     job.partial = <double*>cnp.PyArray_DATA(partial)
@@ -1415,8 +1864,10 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
             threads, nogil=True, schedule="static", chunksize=1, num_threads=threads
         ):
             run_share(job, operation, units, thread, threads, scratch, scratch_bytes)
+    if operation < CROSS_ENTROPY:
+        return 0.0
     # NumPy adds pairwise, in an order that depends on the number of units alone.
-    return partial.sum() if operation >= CROSS_ENTROPY else 0.0
+    return job.partial[0] if units == 1 else partial.sum()
 
 
 cdef Storage storage_of(cnp.ndarray array) except? FLOAT64:
@@ -1446,9 +1897,10 @@ cdef Job job_of(cnp.ndarray array, cnp.ndarray out) except *:
 
 
 cdef void add_target(Job* job, cnp.ndarray target, int64_t ignore_index) except *:
-    cdef int kind = {1: 0, 2: 1, 4: 2, 8: 3}[target.itemsize]
+    cdef Py_ssize_t size = target.itemsize
+    cdef int kind = 0 if size == 1 else 1 if size == 2 else 2 if size == 4 else 3
     job.target = cnp.PyArray_BYTES(target)
-    job.target_kind = kind if target.dtype.kind == "i" else kind + 4
+    job.target_kind = kind if cnp.PyArray_ISSIGNED(target) else kind + 4
     job.ignore_index = ignore_index
 
 
@@ -1612,7 +2064,7 @@ cdef Py_ssize_t check_block(const Job* job, Py_ssize_t block, double* total) noe
             if target[i] != job.ignore_index:
                 weight = 1.0 if job.sample_weight == NULL else job.sample_weight[row + i]
                 lane[i] += weight if job.weight == NULL else weight * job.weight[target[i]]
-    total[0] = fold(lane)
+    total[0] = fold_lanes(lane)
     return -1
 
 

@@ -50,13 +50,12 @@ def softmax(
 
     Notes
     -----
-    The rows are reduced in one pass with a running maximum [1]_, and the rounding of x - m is
-    carried into the exponential [2]_.
+    The exponentials come from the range reduction of [1]_.  They are kept relative to the power
+    of two nearest to that of the maximum: unlike x - m, that rounds nothing.
 
     References
     ----------
-    .. [1] M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018.
-    .. [2] D. E. Knuth, "The Art of Computer Programming", vol. 2, section 4.2.2, theorem B.
+    .. [1] W. J. Cody, W. Waite, "Software Manual for the Elementary Functions", 1980, chapter 6.
 
     Examples
     --------
@@ -543,7 +542,7 @@ def _loss(
     *,
     with_grad: bool,
     out: np.ndarray | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[float | np.ndarray, Any]:
     """What the losses share: check, find the divisor, allocate, call the kernel, reduce."""
     kernels = _backend.resolve(backend)
     x = _arguments.logits(scores, axis, name)
