@@ -1,65 +1,80 @@
-"""The Numba backend: number helpers, blocks, rows, tiles, then the functions of the contract.
+"""The Numba backend: primitives, numbers, blocks, rows, tiles, then the functions of the contract.
 
 The contract is in ``_reference``.  What to know before reading on:
 
-Two layouts.  A *row* is a long run of classes next to each other: classes lie in the SIMD lanes,
-and one online pass in blocks that fit the first cache level leaves exp(x - m) in the caller's
-`out`, where a second pass, still in cache, finds it.  Where rows are short, or other samples lie
-between the classes, a *tile* puts LANES samples in the SIMD lanes, copied (transposed, converted)
-into scratch and back.
+Two layouts.  A *row* is a long run of classes next to each other: classes lie in the SIMD lanes.
+Where rows are short, or other samples lie between the classes, a *tile* puts LANES samples in the
+SIMD lanes, copied (transposed, converted) into scratch and back.  Either way a unit of rows is put
+together in scratch that stays in cache and goes out in one run; a large result goes past the
+caches, so that memory is not read only to be overwritten, and what the next unit needs is fetched
+meanwhile.
 
-exp(x - m) is kept multiplied by a power of two, so that what will be a subnormal result is still a
-normal number: the final product rounds it, once.  The sum leaves one class out (the target, or the
-maximum), which is what makes small losses exact.  0 * inf counts as 0.
+Exponentials are kept relative to a power of two near the row's maximum, which costs and rounds
+nothing, and high enough that what will be a subnormal result is still a normal number: the final
+product rounds it, once.  The sum leaves one class out (the target, or the maximum), which is what
+makes small losses exact.  0 * inf counts as 0.
 
 Flags are given function by function.  ``contract`` lets multiply and add fuse; ``reassoc`` is for
-the sums alone, each a loop over one array that is all reads, so that which order the compiler
-chose depends on the length of the row and on nothing else.  No other flag: NaN and inf mean
-something here.  The maximum is taken over integers in the order of the floats, since the maximum
-of floats does not vectorise.  Arrays reach the helpers as slices indexed from 0: LLVM then knows
-that no index is negative, and vectorises.  The hot loops (``_exp_block``, ``_largest``, ``_sum``,
-``_scale`` and the loops over lanes of the ``_tile_*`` functions) must be packed instructions in
-the assembly, without a call, a gather or a scalar instruction.
+sums alone, each a loop over one array that is all reads, so that which order the compiler chose
+depends on the length and on nothing else.  No other flag: NaN and inf mean something here.  Arrays
+reach the helpers as slices indexed from 0: LLVM then knows that no index is negative, and
+vectorises.  Loops over lanes have a constant count and work on arrays on the stack: LLVM knows that
+these overlap nothing and keeps them in registers.  In the assembly such a loop must be packed
+instructions, without a call, a gather or a scalar instruction.
 
 Everything that jitted code calls is in this file: the on-disk cache does not notice edits in
 another.  Only the functions that Python calls are cached; the rest is linked into them.
 """
 
+import platform
 import threading
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import njit, prange, types
-from numba.extending import overload
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+from numba.np.arrayobj import populate_array
 
 LANES = 64  # samples in a tile
-BLOCK = 1024  # classes of a row that are worked on while they are in the first cache level
-SHORT_ROW = 64  # rows of at most so many classes go into tiles
-GROUP = 16384  # elements of the rows that make up one unit of work
+CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
+BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
+SHORT_ROW = 300  # rows of at most so many classes go into tiles
+GROUP = 8192  # elements of the rows that make up one unit of work
+FAR = 65536  # the most elements that are fetched ahead of their use
 RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
 CHECK_BLOCK = 4096  # targets that one unit of check_target reads
+LINE = 64  # bytes of a cache line
+STREAM_BYTES = 1 << 24  # results from this size on are written past the caches
 
-# How 16 bits are to be read.
+# How 16 bits are to be read, and how the bytes of targets.
 FLOATS, FLOAT16, BFLOAT16 = 0, 1, 2
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 # The fields of a unit's rows, each LANES numbers in a float64 array.  In:
 MAXIMUM, OTHERS, TARGET_LOGIT, TARGET_WEIGHT, ROW_WEIGHT, GAP, MASS, TOP_MASS, INDEX = range(
     0, 9 * LANES, LANES
 )
-# Out: g_c = factor * exp(x_c - maximum) - spread * w_c, except at the class left out.
-LOSS, FACTOR, SPREAD, LEFT_OUT = range(9 * LANES, 13 * LANES, LANES)
-FIELDS = 13 * LANES
+# On the way: the exponentials of the maximum and of the target.
+TOP, TARGET_EXP = range(9 * LANES, 11 * LANES, LANES)
+# Out: g_c = factor * exponential_c - spread * w_c, except at the class left out.
+LOSS, FACTOR, SPREAD, LEFT_OUT = range(11 * LANES, 15 * LANES, LANES)
+FIELDS = 15 * LANES
 
-_inline = njit(error_model="numpy", nogil=True)
-_fused = njit(error_model="numpy", nogil=True, fastmath={"contract"})
-_summing = njit(error_model="numpy", nogil=True, fastmath={"reassoc"})
+# Helpers live inside what calls them: without wrappers for Python and C they compile faster.
+_common = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
+_options = {**_common, "forceinline": True, "no_cpython_wrapper": True}
+_inline = njit(**_options)
+_fused = njit(fastmath={"contract"}, **_options)
+_summing = njit(fastmath={"reassoc"}, **_options)
 
 
 def _entry(function=None, *, parallel=False):
     """A function that Python calls: cached on disk, where there is a place for it."""
     if function is None:
         return lambda function: _entry(function, parallel=parallel)
-    options = {"error_model": "numpy", "nogil": True, "parallel": parallel}
+    options = {**_common, "parallel": parallel}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package nor the user's cache directory can be written to
@@ -67,19 +82,148 @@ def _entry(function=None, *, parallel=False):
 
 
 # ---------------------------------------------------------------------------------------------
-# Numbers
+# Primitives: what Python has no words for
 # ---------------------------------------------------------------------------------------------
 
 
-def _scale_of(number):
-    """The power of two that exp is kept multiplied by."""
-    raise NotImplementedError("for jitted code")
+def _place(context, builder, array_type, array, index, pointer_type):
+    data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), pointer_type.as_pointer())
 
 
-@overload(_scale_of)
-def _overload_scale_of(number):
-    scale = 2.0**24 if number == types.float32 else 2.0**53
-    return lambda number: scale
+@intrinsic
+def _borrow(typing_context, array):
+    """The array without its owner: slices of it count no references, which costs an atomic each."""
+
+    def generate(context, builder, signature, arguments):
+        borrowed = context.make_array(array)(context, builder, arguments[0])
+        borrowed.meminfo = cgutils.get_null_value(borrowed.meminfo.type)
+        return borrowed._getvalue()
+
+    return array(array), generate
+
+
+@intrinsic
+def _lanes(typing_context, like):
+    """LANES numbers on the stack of the caller, of the type of an array or of a NumPy type."""
+    array_type = types.Array(like.dtype, 1, "C")
+
+    def generate(context, builder, signature, arguments):
+        scalar = context.get_data_type(like.dtype)
+        size = context.get_abi_sizeof(scalar)
+        vector = cgutils.alloca_once(builder, ir.ArrayType(scalar, LANES))
+        vector.align = LINE
+        array = context.make_array(array_type)(context, builder)
+        length = context.get_constant(types.intp, LANES)
+        populate_array(
+            array,
+            data=builder.bitcast(vector, scalar.as_pointer()),
+            shape=[length],
+            strides=[context.get_constant(types.intp, size)],
+            itemsize=size,
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return array_type(like), generate
+
+
+@intrinsic
+def _transpose(typing_context, source, source_step, to, to_step):
+    """Eight runs of eight numbers: to[i][j] = source[j][i], the runs so many numbers apart."""
+
+    def generate(context, builder, signature, arguments):
+        source_value, source_step, to_value, to_step = arguments
+        vector = ir.VectorType(context.get_data_type(source.dtype), 8)
+        size = source.dtype.bitwidth // 8
+
+        def run(array_type, array, step, i):
+            index = builder.mul(step, ir.Constant(step.type, i))
+            return _place(context, builder, array_type, array, index, vector)
+
+        def shuffle(a, b, mask):
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), 8), mask)
+            return builder.shuffle_vector(a, b, mask)
+
+        a = [builder.load(run(source, source_value, source_step, i)) for i in range(8)]
+        for load in a:
+            load.align = size
+        b = []
+        for i in range(0, 8, 2):
+            b.append(shuffle(a[i], a[i + 1], [0, 8, 1, 9, 4, 12, 5, 13]))
+            b.append(shuffle(a[i], a[i + 1], [2, 10, 3, 11, 6, 14, 7, 15]))
+        a = []
+        for i in (0, 1, 4, 5):
+            a.append(shuffle(b[i], b[i + 2], [0, 1, 8, 9, 4, 5, 12, 13]))
+            a.append(shuffle(b[i], b[i + 2], [2, 3, 10, 11, 6, 7, 14, 15]))
+        low = [shuffle(a[i], a[i + 4], [0, 1, 2, 3, 8, 9, 10, 11]) for i in range(4)]
+        high = [shuffle(a[i], a[i + 4], [4, 5, 6, 7, 12, 13, 14, 15]) for i in range(4)]
+        for i, values in enumerate(low + high):
+            builder.store(values, run(to, to_value, to_step, i)).align = size
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, to, types.intp), generate
+
+
+@intrinsic
+def _fetch_line(typing_context, array, index):
+    """Ask for the cache line of array[index]; beyond the end of the array that does no harm."""
+
+    def generate(context, builder, signature, arguments):
+        byte, number = ir.IntType(8), ir.IntType(32)
+        line = _place(context, builder, array, *arguments, byte)
+        function_type = ir.FunctionType(ir.VoidType(), [line.type, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [line.type], function_type)
+        read, second_level, data = (ir.Constant(number, i) for i in (0, 2, 1))
+        builder.call(prefetch, [line, read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
+def _stream_line(typing_context, to, to_index, source, source_index):
+    """Copy one cache line past the caches; that of `to` starts at to[to_index]."""
+
+    def generate(context, builder, signature, arguments):
+        to_value, to_index, source_value, source_index = arguments
+        line = ir.VectorType(ir.IntType(32), LINE // 4)
+        values = builder.load(_place(context, builder, source, source_value, source_index, line))
+        values.align = 1
+        store = builder.store(values, _place(context, builder, to, to_value, to_index, line))
+        store.align = LINE
+        one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        store.set_metadata("nontemporal", one)
+        return context.get_dummy_value()
+
+    return types.void(to, types.intp, source, types.intp), generate
+
+
+@intrinsic
+def _end_stream(typing_context):
+    """What was streamed is there for other threads to see."""
+
+    def generate(context, builder, signature, arguments):
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            function_type = ir.FunctionType(ir.VoidType(), [])
+            fence = cgutils.get_or_insert_function(
+                builder.module, function_type, "llvm.x86.sse.sfence"
+            )
+            builder.call(fence, [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------
+# exp(x) is 2**n exp(r), n the integer nearest to x / ln 2.  What is kept of a class is the
+# exponential 2**(n - N + shift) exp(r) = 2**shift exp(x) / 2**N, N being the n of the row's
+# maximum: a power of two as the reference costs nothing and rounds nothing, where x - maximum
+# would round.  The shift, 32 or 64, keeps what may still come out as a subnormal result a normal
+# number.  Rows whose maximum is large use x - maximum, which is exact there for all classes that
+# are not negligible.
 
 
 def _tiny_of(number):
@@ -93,28 +237,93 @@ def _overload_tiny_of(number):
     return lambda number: tiny
 
 
-def _exp_scaled(x, m):
-    """_scale_of * exp(x - m) for x <= m; 0 below half the smallest subnormal; NaN for NaN."""
+def _power_of(number):
+    """What an exponential loses in narrow_factor: 2**-shift."""
     raise NotImplementedError("for jitted code")
 
 
-@overload(_exp_scaled)
-def _overload_exp_scaled(x, m):
-    function = _exp_scaled_32 if x == types.float32 else _exp_scaled_64
-    return lambda x, m: function(x, m)
+@overload(_power_of)
+def _overload_power_of(number):
+    power = np.float32(2.0**-32) if number == types.float32 else 2.0**-64
+    return lambda number: power
+
+
+def _pivot_of(maximum):
+    """What is taken off x: 0, or the maximum where that is large (or inf: then all is NaN)."""
+    raise NotImplementedError("for jitted code")
+
+
+@overload(_pivot_of)
+def _overload_pivot_of(maximum):
+    limit = np.float32(256) if maximum == types.float32 else 2048.0
+    zero = np.float32(0) if maximum == types.float32 else 0.0
+    return lambda maximum: zero if abs(maximum) < limit else maximum
+
+
+def _magic_of(maximum):
+    """A number to which x / ln 2 is added: that rounds it, and leaves n - N in the low bits."""
+    raise NotImplementedError("for jitted code")
+
+
+@overload(_magic_of)
+def _overload_magic_of(maximum):
+    return _magic_of_32 if maximum == types.float32 else _magic_of_64
+
+
+def _magic_of_32(maximum):
+    x = maximum if _pivot_of(maximum) == np.float32(0) else np.float32(0)
+    # Adding 1.5 * 2**23 rounds to an integer.
+    shifted = _fma_32(x, np.float32(1.44269504), np.float32(12582912.0))
+    return np.float32(12582912.0 + 127 + 32) - (shifted - np.float32(12582912.0))
+
+
+def _magic_of_64(maximum):
+    x = maximum if _pivot_of(maximum) == 0.0 else 0.0
+    shifted = _fma_64(x, 1.4426950408889634, 6755399441055744.0)  # 1.5 * 2**52
+    return (6755399441055744.0 + 1023 + 64) - (shifted - 6755399441055744.0)
 
 
 @_fused
-def _exp_scaled_32(x, m):
-    d = x - m
-    # What the subtraction lost (TwoSum); it goes into the reduced argument, free of charge.
-    back = d - x
-    lost = (x - (d - back)) - (m + back)
-    # Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits.
-    shifted = d * np.float32(1.44269504) + np.float32(12582912.0)
-    n = shifted - np.float32(12582912.0)
+def _fma_32(a, b, c):
+    return a * b + c
+
+
+@_fused
+def _fma_64(a, b, c):
+    return a * b + c
+
+
+def _lowest_of(magic):
+    """The x whose n - N is the exponent of 0."""
+    raise NotImplementedError("for jitted code")
+
+
+@overload(_lowest_of)
+def _overload_lowest_of(magic):
+    if magic == types.float32:
+        return lambda magic: (np.float32(12582912.0) - magic) * np.float32(0.693147181)
+    return lambda magic: (6755399441055744.0 - magic) * 0.69314718055994531
+
+
+def _exponential(x, pivot, magic, lowest):
+    """2**(shift - N) * exp(x - pivot); 0 where that is negligible; NaN for NaN."""
+    raise NotImplementedError("for jitted code")
+
+
+@overload(_exponential)
+def _overload_exponential(x, pivot, magic, lowest):
+    function = _exponential_32 if x == types.float32 else _exponential_64
+    return lambda x, pivot, magic, lowest: function(x, pivot, magic, lowest)
+
+
+@_fused
+def _exponential_32(x, pivot, magic, lowest):
+    d = x - pivot
+    d = lowest if d < lowest else d
+    shifted = d * np.float32(1.44269504) + magic
+    n = shifted - magic
     r = n * np.float32(-0.693145751953125) + d
-    r = n * np.float32(-1.42860682e-6) + (r + lost)
+    r = n * np.float32(-1.42860682e-6) + r
     p = np.float32(0.00131687098951) * r + np.float32(0.00835358145597)
     p = p * r + np.float32(0.0416763574161)
     p = p * r + np.float32(0.166667094605)
@@ -122,20 +331,17 @@ def _exp_scaled_32(x, m):
     p = p * r + np.float32(1.0)
     p = p * r + np.float32(1.0)
     # A product, not a sum of exponents: NaN stays NaN.
-    bits = np.uint32((np.float32(shifted).view(np.uint32) + np.uint32(127 + 24)) << np.uint32(23))
-    p = p * np.uint32(bits).view(np.float32)
-    return np.float32(0.0) if d < np.float32(-103.9721) else p
+    return p * np.uint32(np.float32(shifted).view(np.uint32) << np.uint32(23)).view(np.float32)
 
 
 @_fused
-def _exp_scaled_64(x, m):
-    d = x - m
-    back = d - x
-    lost = (x - (d - back)) - (m + back)
-    shifted = d * 1.4426950408889634 + 6755399441055744.0
-    n = shifted - 6755399441055744.0
+def _exponential_64(x, pivot, magic, lowest):
+    d = x - pivot
+    d = lowest if d < lowest else d
+    shifted = d * 1.4426950408889634 + magic
+    n = shifted - magic
     r = n * -6.93147180369123816490e-01 + d
-    r = n * -1.90821492927058770002e-10 + (r + lost)
+    r = n * -1.90821492927058770002e-10 + r
     p = 2.5110047135431713555e-8 * r + 2.7632652169579558723e-7
     p = p * r + 2.7557242344003567523e-6
     p = p * r + 0.000024801487335535663603
@@ -147,15 +353,7 @@ def _exp_scaled_64(x, m):
     p = p * r + 0.50000000000000102221
     p = p * r + 1.0
     p = p * r + 1.0
-    bits = (np.float64(shifted).view(np.uint64) + np.uint64(1023 + 53)) << np.uint64(52)
-    p = p * np.uint64(bits).view(np.float64)
-    return 0.0 if d < -745.1332191019412 else p
-
-
-@_inline
-def _exp(d):
-    """exp(d) for d <= 0, free of branches."""
-    return _exp_scaled_64(d, 0.0) * 2.0**-53
+    return p * np.uint64(np.float64(shifted).view(np.uint64) << np.uint64(52)).view(np.float64)
 
 
 @_fused
@@ -182,7 +380,9 @@ def _log1p(x):
         + 6.666666666666735130e-01
     )
     half = 0.5 * f * f
-    log_z = half - (s * (half + t1 + t2) + (e * 1.90821492927058770002e-10 + lost / u))
+    # What 1 + x rounded off, over u; it matters where u is near 1.
+    rest = lost - lost * f if u < 1.4 else 0.0
+    log_z = half - (s * (half + t1 + t2) + (e * 1.90821492927058770002e-10 + rest))
     result = e * 6.93147180369123816490e-01 - (log_z - f)
     return result if x <= 1.7976931348623157e308 else x  # inf and NaN pass through
 
@@ -234,7 +434,7 @@ def _float_to_bfloat(x):
 
 
 # ---------------------------------------------------------------------------------------------
-# Blocks
+# Memory: between arrays of any storage and scratch in the compute type
 # ---------------------------------------------------------------------------------------------
 
 
@@ -263,99 +463,261 @@ def _load_halves(x, buffer, storage):
     return buffer
 
 
-def _store(out, values, storage):
+def _load_one(x, index, storage):
+    raise NotImplementedError("for jitted code")
+
+
+@overload(_load_one)
+def _overload_load_one(x, index, storage):
+    if x.dtype != types.uint16:
+        return lambda x, index, storage: x[index]
+
+    def load_half(x, index, storage):
+        h = x[index]
+        return _half_to_float(h) if storage == FLOAT16 else _bfloat_to_float(h)
+
+    return load_half
+
+
+@_inline
+def _fetch(x, start, n):
+    """Ask for elements start to start + n, ahead of their use."""
+    for i in range(start, start + n, LINE // x.itemsize):
+        _fetch_line(x, i)
+
+
+def _store(out, start, values, storage, stream):
+    """Write out[start : start + values.size]."""
     raise NotImplementedError("for jitted code")
 
 
 @overload(_store)
-def _overload_store(out, values, storage):
+def _overload_store(out, start, values, storage, stream):
     if out.dtype == types.uint16:
-        return lambda out, values, storage: _store_halves(out, values, storage)
-    return lambda out, values, storage: _copy(out, values)
+        return lambda out, start, values, storage, stream: _store_halves(
+            out, start, values, storage, stream
+        )
+    return lambda out, start, values, storage, stream: _copy_out(out, start, values, stream)
 
 
 @_inline
-def _copy(out, values):
-    for i in range(out.size):
-        out[i] = values[i]
-
-
-@_inline
-def _store_halves(out, values, storage):
-    if storage == FLOAT16:
-        for i in range(out.size):
-            out[i] = _float_to_half(values[i])
+def _copy_out(out, start, values, stream):
+    n = values.size
+    line = LINE // out.itemsize
+    if stream and n >= 2 * line:
+        head = -((out.ctypes.data // out.itemsize) + start) % line
+        _copy(out[start : start + head], values[:head])
+        lines = (n - head) // line
+        for i in range(lines):
+            _stream_line(out, start + head + i * line, values, head + i * line)
+        done = head + lines * line
+        _copy(out[start + done : start + n], values[done:])
     else:
-        for i in range(out.size):
-            out[i] = _float_to_bfloat(values[i])
+        _copy(out[start : start + n], values)
 
 
-def _kept(out, rows, start, place, n):
-    """Where exp(x - m) stays until it is written: in `out` itself unless that is of a half type.
+def _store_run(out, start, values, storage, stream, carry, r, slot):
+    """As _store, of at most LANES numbers that a later run may go on from.
 
-    So the memory traffic of `out` overlaps the arithmetic.
+    With stream in whole cache lines, since half a line would first be read from memory: the end of
+    a run that does not fill its line waits in `carry` for the next, which begins at r[slot].
     """
     raise NotImplementedError("for jitted code")
 
 
-@overload(_kept)
-def _overload_kept(out, rows, start, place, n):
+@overload(_store_run)
+def _overload_store_run(out, start, values, storage, stream, carry, r, slot):
     if out.dtype == types.uint16:
-        return lambda out, rows, start, place, n: rows[place : place + n]
-    return lambda out, rows, start, place, n: out[start : start + n]
+        return lambda out, start, values, storage, stream, carry, r, slot: _store_halves(
+            out, start, values, storage, stream
+        )
+    return lambda out, start, values, storage, stream, carry, r, slot: (
+        _stream_run(out, start, values, carry, r, slot)
+        if stream
+        else _copy(out[start : start + values.size], values)
+    )
 
 
-def _largest(x):
-    """The maximum; NaN if there is a positive NaN (the sums find the others)."""
+@_inline
+def _stream_run(out, start, values, carry, r, slot):
+    n = values.size
+    line = LINE // out.itemsize
+    filled = (out.ctypes.data // out.itemsize + start) % line
+    head = min(-filled % line, n)
+    if r[slot] == start:
+        if filled:
+            _copy(carry[filled : filled + head], values[:head])
+            if filled + head < line:
+                r[slot] = start + head
+                return
+            _stream_line(out, start - filled, carry, 0)
+    else:
+        _flush(out, carry, r, slot)
+        _copy(out[start : start + head], values[:head])
+        if (filled + head) % line:
+            return
+    done = head
+    while n - done >= line:
+        _stream_line(out, start + done, values, done)
+        done += line
+    _copy(carry[: n - done], values[done:])
+    r[slot] = start + n
+
+
+@_inline
+def _flush(out, carry, r, slot):
+    if r[slot] >= 0:
+        end = int(r[slot])
+        filled = (out.ctypes.data // out.itemsize + end) % (LINE // out.itemsize)
+        _copy(out[end - filled : end], carry[:filled])
+        r[slot] = -1.0
+
+
+@_inline
+def _copy(to, values):
+    for i in range(to.size):
+        to[i] = values[i]
+
+
+@_inline
+def _store_halves(out, start, values, storage, stream):
+    halves = _lanes(out)
+    for first in range(0, values.size, LANES):
+        n = min(LANES, values.size - first)
+        part = values[first : first + n]
+        if storage == FLOAT16:
+            for i in range(n):
+                halves[i] = _float_to_half(part[i])
+        else:
+            for i in range(n):
+                halves[i] = _float_to_bfloat(part[i])
+        _copy_out(out, start + first, halves[:n], stream)
+
+
+# ---------------------------------------------------------------------------------------------
+# Blocks: runs of at most BLOCK elements, taken in chunks
+# ---------------------------------------------------------------------------------------------
+
+
+@_inline
+def _pad(x, skip, chunk):
+    """The elements of x in a chunk, -inf behind them and at skip."""
+    for j in range(CHUNK):
+        chunk[j] = -np.inf
+    for j in range(min(x.size, CHUNK)):
+        chunk[j] = x[j]
+    if 0 <= skip < CHUNK:
+        chunk[skip] = -np.inf
+
+
+def _largest_lane(lane):
+    """The maximum of a chunk without NaN."""
     raise NotImplementedError("for jitted code")
 
 
-@overload(_largest)
-def _overload_largest(x):
-    # b ^ ((b >> 31) & 0x7fffffff) orders the bits of floats as integers, and is its own inverse.
-    wide = x.dtype == types.float64
+@overload(_largest_lane)
+def _overload_largest_lane(lane):
+    # b ^ ((b >> 31) & 0x7fffffff) orders the bits of floats as integers, and is its own inverse:
+    # the maximum of integers vectorises, that of floats does not.
+    wide = lane.dtype == types.float64
     integer, real = (np.int64, np.float64) if wide else (np.int32, np.float32)
     shift = integer(63 if wide else 31)
     mask = integer(np.iinfo(integer).max)
     lowest = integer(np.iinfo(integer).min)
 
-    def largest(x):
-        bits = x.view(integer)
+    def largest_lane(lane):
+        bits = lane.view(integer)
         m = lowest
-        for i in range(bits.size):
+        for i in range(CHUNK):
             b = bits[i]
             m = max(m, b ^ ((b >> shift) & mask))
         return integer(m ^ ((m >> shift) & mask)).view(real)
 
-    return largest
+    return largest_lane
+
+
+@_inline
+def _largest(x):
+    """The maximum, NaN left aside."""
+    lane = _lanes(x)
+    for j in range(CHUNK):
+        lane[j] = -np.inf
+    whole = x.size // CHUNK * CHUNK
+    for i in range(0, whole, CHUNK):
+        part = x[i : i + CHUNK]
+        for j in range(CHUNK):
+            lane[j] = part[j] if part[j] > lane[j] else lane[j]
+    if whole < x.size:
+        rest = _lanes(x)
+        _pad(x[whole:], -1, rest)
+        for j in range(CHUNK):
+            lane[j] = rest[j] if rest[j] > lane[j] else lane[j]
+    return _largest_lane(lane)
 
 
 @_inline
 def _find(x, value):
-    """The first position of value, or 0."""
-    for chunk in range(0, x.size, LANES):
-        part = x[chunk : min(chunk + LANES, x.size)]
+    """The first position of value, or the size of x."""
+    for start in range(0, x.size, LANES):
+        part = x[start : min(start + LANES, x.size)]
         hits = 0
         for j in range(part.size):
             hits += part[j] == value
         if hits:
             for j in range(part.size):
                 if part[j] == value:
-                    return chunk + j
-    return 0
+                    return start + j
+    return x.size
+
+
+@_summing
+def _fold(lane):
+    """The sum of a chunk, in float64."""
+    total = 0.0
+    for j in range(CHUNK):
+        total += np.float64(lane[j])
+    return total
 
 
 @_inline
-def _exp_block(x, m, e):
-    for i in range(e.size):
-        e[i] = _exp_scaled(x[i], m)
+def _exp_block(x, skip, pivot, magic, e, later, start):
+    """The sum of the exponentials e, that at skip being 0; e has room for whole chunks.
 
-
-@_inline
-def _exp_in_place(e, m):
-    # Its own loop: in the other the test for overlap would choose scalar code.
-    for i in range(e.size):
-        e[i] = _exp_scaled(e[i], m)
+    Meanwhile the array `later` is fetched from index start on.
+    """
+    lowest = _lowest_of(magic)
+    lane = _lanes(e)
+    value = _lanes(e)
+    rest = _lanes(e)
+    holed = _lanes(e)
+    whole = x.size // CHUNK
+    hole = -1
+    if whole * CHUNK < x.size:
+        _pad(x[whole * CHUNK :], -1, rest)
+    if 0 <= skip < x.size:
+        hole = skip // CHUNK
+        _pad(x[hole * CHUNK :], skip % CHUNK, holed)
+    for j in range(CHUNK):
+        lane[j] = 0
+    for chunk in range((x.size + CHUNK - 1) // CHUNK):
+        i = chunk * CHUNK
+        _fetch(later, start + i, CHUNK)
+        if chunk == hole:
+            for j in range(CHUNK):
+                value[j] = _exponential(holed[j], pivot, magic, lowest)
+        elif chunk == whole:
+            for j in range(CHUNK):
+                value[j] = _exponential(rest[j], pivot, magic, lowest)
+        else:
+            source = x[i : i + CHUNK]
+            for j in range(CHUNK):
+                value[j] = _exponential(source[j], pivot, magic, lowest)
+        target = e[i : i + CHUNK]
+        for j in range(CHUNK):
+            lane[j] += value[j]
+        for j in range(CHUNK):
+            target[j] = value[j]
+    return _fold(lane)
 
 
 @_summing
@@ -382,14 +744,20 @@ def _times(weight, value):
 
 @_summing
 def _gap(x, weight, m):
-    """sum of w_c (m - x_c), in float64: it may exceed the float32 range on its way."""
+    """sum of w_c (m - x_c); in float64 with weights, or where it leaves the range of x."""
+    if weight.size == 0:
+        narrow = x.dtype.type(0)
+        for i in range(x.size):
+            narrow += m - x[i]
+        if narrow - narrow == 0:
+            return np.float64(narrow)
     total = 0.0
     if weight.size:
         for i in range(x.size):
-            total += _times(weight[i], m - np.float64(x[i]))
+            total += _times(weight[i], np.float64(m) - np.float64(x[i]))
     else:
         for i in range(x.size):
-            total += m - np.float64(x[i])
+            total += np.float64(m) - np.float64(x[i])
     return total
 
 
@@ -412,10 +780,10 @@ def _soft_gap(x, t, weight, keep, uniform, m):
     total = 0.0
     if weight.size:
         for i in range(x.size):
-            total += _times(weight[i] * (keep * t[i] + uniform), m - np.float64(x[i]))
+            total += _times(weight[i] * (keep * t[i] + uniform), np.float64(m) - np.float64(x[i]))
     else:
         for i in range(x.size):
-            total += _times(keep * t[i] + uniform, m - np.float64(x[i]))
+            total += _times(keep * t[i] + uniform, np.float64(m) - np.float64(x[i]))
     return total
 
 
@@ -423,6 +791,16 @@ def _soft_gap(x, t, weight, keep, uniform, m):
 def _scale(e, f):
     for i in range(e.size):
         e[i] *= f
+
+
+@_inline
+def _narrow_factor(e, factor):
+    """The factor in the compute type, the power of two that it cannot hold moved to e."""
+    real = e.dtype.type
+    if factor != 0.0 and abs(factor) < _tiny_of(real(0)):
+        _scale(e, _power_of(real(0)))
+        factor /= _power_of(real(0))
+    return real(factor)
 
 
 @_inline
@@ -442,8 +820,9 @@ def _scale_and_subtract(e, f, spread, weight, t, keep, uniform):
         for i in range(e.size):
             e[i] = e[i] * f - e.dtype.type(spread * weight[i] * (keep * t[i] + uniform))
     else:
+        on_target, on_all = e.dtype.type(spread * keep), e.dtype.type(spread * uniform)
         for i in range(e.size):
-            e[i] = e[i] * f - e.dtype.type(spread * (keep * t[i] + uniform))
+            e[i] = e[i] * f - (on_target * t[i] + on_all)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -453,13 +832,14 @@ def _scale_and_subtract(e, f, spread, weight, t, keep, uniform):
 
 
 @_inline
-def _softmax_step(r, n):
+def _add_exponentials(r, n, like):
+    """The exponentials of the maximum and of the target, in the units of the sum."""
+    real = like.dtype.type
     for i in range(n):
-        p = 1.0 / (1.0 + r[OTHERS + i])
-        r[FACTOR + i] = p
-        r[LEFT_OUT + i] = p
-        r[SPREAD + i] = 0.0
-        r[ROW_WEIGHT + i] = 1.0
+        m = real(r[MAXIMUM + i])
+        pivot, magic = _pivot_of(m), _magic_of(m)
+        r[TOP + i] = _exponential(m, pivot, magic, _lowest_of(magic))
+        r[TARGET_EXP + i] = _exponential(real(r[TARGET_LOGIT + i]), pivot, magic, _lowest_of(magic))
 
 
 @_inline
@@ -471,20 +851,36 @@ def _cross_entropy_step(r, n, num_classes, smoothing, z_loss, scale, weight_sum)
         others = r[OTHERS + i]
         b = (1.0 - smoothing) * r[TARGET_WEIGHT + i]
         d = r[TARGET_LOGIT + i] - r[MAXIMUM + i]
-        e_y = _exp(d)
-        log_s = _log1p(others + (e_y - 1.0))
+        total = others + r[TARGET_EXP + i]
+        inverse = 1.0 / total
+        log_s = _log1p((others + (r[TARGET_EXP + i] - r[TOP + i])) / r[TOP + i])
         lse = r[MAXIMUM + i] + log_s
         z_slope = 2.0 * z_loss * lse
         loss = _times(b, log_s - d) + spread * log_s + uniform * r[GAP + i] + 0.5 * z_slope * lse
         r[LOSS + i] = _times(row_weight, loss)
 
-        total = others + e_y
         a = b + spread + z_slope
-        left_out = spread + z_slope - uniform * r[TARGET_WEIGHT + i] - a * (others / total)
+        spread_y = uniform * r[TARGET_WEIGHT + i]
+        left_out = _left_out(
+            a, r[TARGET_EXP + i] * inverse, others * inverse, b + spread_y,
+            spread + z_slope - spread_y,
+        )  # fmt: skip
         weight = row_weight * scale
-        r[FACTOR + i] = _times(weight, a / total)
+        r[FACTOR + i] = _times(weight, a * inverse)
         r[SPREAD + i] = weight * uniform
         r[LEFT_OUT + i] = _times(weight, left_out)
+
+
+@_inline
+def _left_out(a, p, others, subtracted, rest):
+    """a p - subtracted, or the same as rest - a (1 - p): the second unless it cancels more."""
+    cancels = 2.0 * _larger(a * p, subtracted) < _larger(a * others, rest)
+    return a * p - subtracted if cancels else rest - a * others
+
+
+@_inline
+def _larger(a, b):
+    return abs(a) if abs(a) > abs(b) else abs(b)
 
 
 @_inline
@@ -493,54 +889,80 @@ def _cross_entropy_soft_step(r, n, z_loss, scale):
         row_weight = r[ROW_WEIGHT + i]
         others = r[OTHERS + i]
         mass = r[MASS + i] + r[TOP_MASS + i]
-        log_s = _log1p(others)
+        log_s = _log1p(others / r[TOP + i])
         lse = r[MAXIMUM + i] + log_s
         z_slope = 2.0 * z_loss * lse
         loss = mass * log_s + r[GAP + i] + 0.5 * z_slope * lse
         r[LOSS + i] = _times(row_weight, loss)
 
-        total = 1.0 + others
+        inverse = 1.0 / (others + r[TOP + i])
         a = mass + z_slope
-        # mass without the maximum's share: subtracted before, not after, p is rounded to 1.
-        left_out = r[MASS + i] + z_slope - a * (others / total)
+        left_out = _left_out(
+            a, r[TOP + i] * inverse, others * inverse, r[TOP_MASS + i], r[MASS + i] + z_slope
+        )
         weight = row_weight * scale
-        r[FACTOR + i] = _times(weight, a / total)
+        r[FACTOR + i] = _times(weight, a * inverse)
         r[SPREAD + i] = weight
         r[LEFT_OUT + i] = _times(weight, left_out)
 
 
-def _widen(target):
-    """A target as int64; what does not fit is out of range, and stays so."""
-    raise NotImplementedError("for jitted code")
+@_inline
+def _widen(source, y):
+    for i in range(source.size):
+        y[i] = source[i]
 
 
-@overload(_widen)
-def _overload_widen(target):
-    largest = np.uint64(np.iinfo(np.int64).max)
-    if target == types.uint64:
-        return lambda target: np.int64(min(target, largest))
-    return lambda target: np.int64(target)
+@_inline
+def _read_indices(target, first, n, y):
+    """Targets first to first + n as int64, whatever they are: one type of argument for all."""
+    data, kind = target
+    data = _borrow(data)
+    last = first + n
+    if kind == 0:
+        _widen(data.view(np.int8)[first:last], y)
+    elif kind == 1:
+        _widen(data.view(np.int16)[first:last], y)
+    elif kind == 2:
+        _widen(data.view(np.int32)[first:last], y)
+    elif kind == 3:
+        _widen(data.view(np.int64)[first:last], y)
+    elif kind == 4:
+        _widen(data.view(np.uint8)[first:last], y)
+    elif kind == 5:
+        _widen(data.view(np.uint16)[first:last], y)
+    elif kind == 6:
+        _widen(data.view(np.uint32)[first:last], y)
+    else:
+        wide = data.view(np.uint64)[first:last]
+        for i in range(n):  # what does not fit is out of range, and stays so
+            y[i] = np.int64(min(wide[i], np.uint64(0x7FFFFFFFFFFFFFFF)))
 
 
 @_inline
 def _read_targets(
-    r, target, weight, sample_weight, num_classes, ignore_index, smoothing, z_loss, weight_sum
-):
+    r, target, weight, sample_weight, first, n, num_classes, ignore_index, smoothing, z_loss,
+    weight_sum,
+):  # fmt: skip
     """Targets, and the weights of their rows: 0 where a row counts for nothing."""
     smooth = smoothing * weight_sum != 0.0 or z_loss != 0.0
-    for i in range(target.size):
-        y = _widen(target[i])
-        row_weight = sample_weight[i] if sample_weight.size else 1.0
+    y = _lanes(np.int64)
+    _read_indices(target, first, n, y)
+    for i in range(n):
         # Targets were checked, but another thread may have changed them since.
-        if y == ignore_index or y < 0 or y >= num_classes:
-            y = 0
-            row_weight = 0.0
-        target_weight = weight[y] if weight.size else 1.0
-        if not smooth and (1.0 - smoothing) * target_weight == 0.0:
-            row_weight = 0.0
-        r[INDEX + i] = y
-        r[TARGET_WEIGHT + i] = target_weight
-        r[ROW_WEIGHT + i] = row_weight
+        used = (y[i] != ignore_index) & (y[i] >= 0) & (y[i] < num_classes)
+        r[INDEX + i] = y[i] if used else 0
+        r[ROW_WEIGHT + i] = 1.0 if used else 0.0
+        r[TARGET_WEIGHT + i] = 1.0
+    if sample_weight.size:
+        for i in range(n):
+            r[ROW_WEIGHT + i] *= sample_weight[first + i]
+    if weight.size:
+        for i in range(n):
+            r[TARGET_WEIGHT + i] = weight[int(r[INDEX + i])]
+    if not smooth:
+        for i in range(n):
+            if (1.0 - smoothing) * r[TARGET_WEIGHT + i] == 0.0:
+                r[ROW_WEIGHT + i] = 0.0
 
 
 @_inline
@@ -549,185 +971,145 @@ def _read_sample_weights(r, sample_weight, n):
         r[ROW_WEIGHT + i] = sample_weight[i] if sample_weight.size else 1.0
 
 
-@_inline
-def _deliver_losses(r, n, losses, first, real):
+@_summing
+def _deliver_losses(r, n, losses, first, like):
     """Round row losses to the compute type, hand them out; return the sum of what was."""
-    total = 0.0
+    real = like.dtype.type
     for i in range(n):
-        rounded = real.dtype.type(r[LOSS + i])
-        total += np.float64(rounded)
-        if losses.size:
-            losses[first + i] = rounded
+        r[LOSS + i] = np.float64(real(r[LOSS + i]))
+    for i in range(n, LANES):
+        r[LOSS + i] = 0.0
+    if losses.size:
+        for i in range(n):
+            losses[first + i] = r[LOSS + i]
+    total = 0.0
+    for i in range(LANES):
+        total += r[LOSS + i]
     return total
 
 
 # ---------------------------------------------------------------------------------------------
 # Rows: classes in the SIMD lanes
 # ---------------------------------------------------------------------------------------------
-# A unit is a group of rows.  Scratch: two blocks, the reference point of every block of the
-# group, and, for half types, the group's rows.
+# A unit is a group of rows, so that the scalar step has something to vectorise, and what is
+# written is a long run.  Each stage goes over all rows of the group before the next: rows overlap
+# in the processor, stages of one row cannot.  Scratch: two blocks, and the group's rows with room
+# for a last chunk.
 
 
 @_inline
-def _largest_of_row(x, start, num_classes, buffer, storage):
-    """The maximum of a row and its index."""
-    m = buffer.dtype.type(-np.inf)
-    index = 0
+def _row_scratch(scratch):
+    return scratch[:BLOCK], scratch[BLOCK : 2 * BLOCK], scratch[2 * BLOCK :]
+
+
+@_inline
+def _largest_of_rows(x, first, n, num_classes, r, buffer, storage):
+    for i in range(n):
+        start = (first + i) * num_classes
+        m = buffer.dtype.type(-np.inf)
+        for c in range(0, num_classes, BLOCK):
+            block = _load(x, start + c, min(BLOCK, num_classes - c), buffer, storage)
+            block_m = _largest(block)
+            m = block_m if block_m > m else m
+        r[MAXIMUM + i] = m
+
+
+@_inline
+def _find_in_row(x, start, num_classes, value, buffer, storage):
+    """The first class whose score is value, or 0."""
     for c in range(0, num_classes, BLOCK):
-        block = _load(x, start + c, min(BLOCK, num_classes - c), buffer, storage)
-        block_m = _largest(block)
-        if not block_m <= m:
-            m = block_m
-            index = c + _find(block, m)
-    return m, index
+        n = min(BLOCK, num_classes - c)
+        i = _find(_load(x, start + c, n, buffer, storage), value)
+        if i < n:
+            return c + i
+    return 0
 
 
 @_inline
-def _reduce_row(
-    x, start, num_classes, skip, m, keep, in_place, kept, references, buffer, line, storage
-):
-    """The maximum, the sum of exponentials without class `skip`, and the index left out.
+def _exp_row(x, start, num_classes, skip, maximum, keep, kept, buffer, line, ahead, storage):
+    """The sum of the exponentials without class `skip`; if keep, kept receives them all.
 
-    At skip = -1 that is the maximum's.  `m` is where the running maximum starts.  If keep, kept
-    receives the scaled exp(x - reference), the reference of a block being the running maximum at
-    its time, and 0 at the class left out.
+    Meanwhile what comes `ahead` elements later is fetched, so that memory is never idle.
     """
-    scale = _scale_of(m)
-    lowest = buffer.dtype.type(-np.inf)
-    others = 0.0
-    index = -1
+    m = buffer.dtype.type(maximum)
+    pivot, magic = _pivot_of(m), _magic_of(m)
+    total = 0.0
     for c in range(0, num_classes, BLOCK):
         n = min(BLOCK, num_classes - c)
         block = _load(x, start + c, n, buffer, storage)
-        block_m = _largest(block)
-        rises = not block_m <= m  # true for NaN, too
-        if rises and c > 0:
-            if skip < 0 and index >= 0:
-                others += 1.0
-                if keep:
-                    kept[index] = scale
-            others *= _exp(np.float64(m) - np.float64(block_m))
-        if rises:
-            m = block_m
-        if skip < 0 and (rises or (index < 0 and block_m == m)):
-            index = c + _find(block, m)
-        # Before the first finite class any finite reference will do: exp(-inf - 0) is 0.
-        reference = m if m != lowest else buffer.dtype.type(0)
-        e = kept[c : c + n] if keep else line[:n]
-        if keep and in_place:
-            _exp_in_place(e, reference)
-        else:
-            _exp_block(block, reference, e)
-        left_out = (index if skip < 0 else skip) - c
-        if 0 <= left_out < n:
-            e[left_out] = 0
-        others += _sum(e) / scale
-        references[c // BLOCK] = m
-    maximum = np.float64(m)
-    # NaN where there is no finite maximum
-    return maximum, others + (maximum - maximum), max(index, 0)
+        e = kept[c:] if keep else line
+        total += _exp_block(block, skip - c, pivot, magic, e, x, start + c + ahead)
+    return total
 
 
 @_inline
-def _write_row(
-    out, start, kept, references, r, i, index, weight, soft, soft_start, keep, uniform, buffer,
-    storage, soft_storage,
-):  # fmt: skip
-    """From scaled exp(x - reference) to the result, in place, then on to a half type."""
-    num_classes = kept.size
-    one = kept.dtype.type(1)
-    scale = _scale_of(one)
-    spread = r[SPREAD + i]
+def _write_row(e, r, i, index, weight, soft, start, keep, uniform, buffer, soft_storage):
+    """From exponentials to the gradient: factor * e_c - spread * w_c t_c, left_out at index."""
     if r[ROW_WEIGHT + i] == 0.0:
-        row = out[start : start + num_classes]
-        for c in range(num_classes):
-            row[c] = 0
+        for c in range(e.size):
+            e[c] = 0
         return
-    for c in range(0, num_classes, BLOCK):
-        n = min(BLOCK, num_classes - c)
-        e = kept[c : c + n]
-        factor = r[FACTOR + i]
-        reference = np.float64(references[c // BLOCK])
-        if reference != r[MAXIMUM + i]:
-            factor *= _exp(reference - r[MAXIMUM + i])
-        if abs(factor) / scale < _tiny_of(one):
-            # The factor would lose its low bits as a subnormal: take the scale off first.
-            _scale(e, e.dtype.type(1.0 / scale))
-            f = e.dtype.type(factor)
-        else:
-            f = e.dtype.type(factor / scale)
-        w = weight[c : c + n]
-        if soft.size:
-            t = _load(soft, soft_start + c, n, buffer, soft_storage)
-            _scale_and_subtract(e, f, spread, w, t, keep, uniform)
-        elif spread != 0.0:
-            _scale_and_spread(e, f, spread, w)
-        else:
-            _scale(e, f)
-        if c <= index < c + n:
-            e[index - c] = r[LEFT_OUT + i]
-        if storage != FLOATS:
-            _store(out[start + c : start + c + n], e, storage)
+    spread = r[SPREAD + i]
+    f = _narrow_factor(e, r[FACTOR + i])
+    if soft is not None:
+        for c in range(0, e.size, BLOCK):
+            n = min(BLOCK, e.size - c)
+            t = _load(soft, start + c, n, buffer, soft_storage)
+            _scale_and_subtract(e[c : c + n], f, spread, weight[c : c + n], t, keep, uniform)
+    elif spread != 0.0:
+        _scale_and_spread(e, f, spread, weight)
+    else:
+        _scale(e, f)
+    e[index] = r[LEFT_OUT + i]
 
 
 @_inline
-def _softmax_rows(x, out, r, scratch, first, n, num_classes, storage, in_place):
-    buffer, line, references, rows = _row_scratch(scratch, num_classes, n)
-    blocks = references.size // n
+def _softmax_rows(x, out, r, scratch, first, n, num_classes, storage, stream):
+    buffer, line, kept = _row_scratch(scratch)
+    ahead = min(n * num_classes, FAR)
+    _largest_of_rows(x, first, n, num_classes, r, buffer, storage)
     for i in range(n):
-        start = (first + i) * num_classes
-        kept = _kept(out, rows, start, i * num_classes, num_classes)
-        m, others, index = _reduce_row(
-            x, start, num_classes, -1, buffer.dtype.type(-np.inf), True, in_place, kept,
-            references[i * blocks : (i + 1) * blocks], buffer, line, storage,
+        r[OTHERS + i] = _exp_row(
+            x, (first + i) * num_classes, num_classes, -1, r[MAXIMUM + i], True,
+            kept[i * num_classes :], buffer, line, ahead, storage,
         )  # fmt: skip
-        r[MAXIMUM + i] = m
-        r[OTHERS + i] = others
-        r[INDEX + i] = index
-    _softmax_step(r, n)
-    none = r[:0]
     for i in range(n):
-        start = (first + i) * num_classes
-        _write_row(
-            out, start, _kept(out, rows, start, i * num_classes, num_classes),
-            references[i * blocks : (i + 1) * blocks], r, i, int(r[INDEX + i]), none,
-            x[:0], 0, 1.0, 0.0, buffer, storage, storage,
-        )  # fmt: skip
+        e = kept[i * num_classes : (i + 1) * num_classes]
+        _scale(e, _narrow_factor(e, 1.0 / r[OTHERS + i]))
+    _store(out, first * num_classes, kept[: n * num_classes], storage, stream)
 
 
 @_inline
-def _row_scratch(scratch, num_classes, n):
-    blocks = (num_classes + BLOCK - 1) // BLOCK
-    start = 2 * BLOCK + n * blocks
-    return (
-        scratch[:BLOCK],
-        scratch[BLOCK : 2 * BLOCK],
-        scratch[2 * BLOCK : start],
-        scratch[start:],
-    )
-
-
-@_inline
-def _log_softmax_row(x, out, scratch, row, num_classes, storage, log_probs):
+def _log_softmax_rows(x, out, r, scratch, first, n, num_classes, storage, stream, log_probs):
     """log_softmax, or, without its second pass, logsumexp."""
-    buffer, line, references, _ = _row_scratch(scratch, num_classes, 1)
-    start = row * num_classes
-    maximum, others, _ = _reduce_row(
-        x, start, num_classes, -1, buffer.dtype.type(-np.inf), False, False, line, references,
-        buffer, line, storage,
-    )  # fmt: skip
-    log_s = _log1p(others)
+    buffer, line, kept = _row_scratch(scratch)
+    real = scratch.dtype.type
+    ahead = min(n * num_classes, FAR)
+    _largest_of_rows(x, first, n, num_classes, r, buffer, storage)
+    for i in range(n):
+        start = (first + i) * num_classes
+        m = real(r[MAXIMUM + i])
+        index = _find_in_row(x, start, num_classes, m, buffer, storage)
+        r[TARGET_LOGIT + i] = m
+        r[OTHERS + i] = _exp_row(
+            x, start, num_classes, index, m, False, kept, buffer, line, ahead, storage
+        )
+    _add_exponentials(r, n, scratch)
+    for i in range(n):
+        r[LOSS + i] = _log1p(r[OTHERS + i] / r[TOP + i])
     if not log_probs:
-        line[0] = maximum + log_s
-        _store(out[row : row + 1], line[:1], storage)
+        for i in range(n):
+            kept[i] = r[MAXIMUM + i] + r[LOSS + i]
+        _store(out, first, kept[:n], storage, False)
         return
-    m = buffer.dtype.type(maximum)
-    shift = buffer.dtype.type(log_s)
-    for c in range(0, num_classes, BLOCK):
-        n = min(BLOCK, num_classes - c)
-        result = line[:n]
-        _shift(_load(x, start + c, n, buffer, storage), m, shift, result)
-        _store(out[start + c : start + c + n], result, storage)
+    for i in range(n):
+        m, log_s = real(r[MAXIMUM + i]), real(r[LOSS + i])
+        for c in range(0, num_classes, BLOCK):
+            width = min(BLOCK, num_classes - c)
+            block = _load(x, (first + i) * num_classes + c, width, buffer, storage)
+            start = i * num_classes + c
+            _shift(block, m, log_s, kept[start : start + width])
+    _store(out, first * num_classes, kept[: n * num_classes], storage, stream)
 
 
 @_inline
@@ -737,12 +1119,45 @@ def _shift(x, m, log_s, result):
 
 
 @_inline
-def _gap_of_row(x, start, num_classes, weight, maximum, buffer, storage):
-    gap = 0.0
-    for c in range(0, num_classes, BLOCK):
-        n = min(BLOCK, num_classes - c)
-        gap += _gap(_load(x, start + c, n, buffer, storage), weight[c : c + n], maximum)
-    return gap
+def _reduce_rows(
+    x, r, scratch, first, n, num_classes, weight, soft, keep, uniform, keep_exponentials, storage,
+    soft_storage,
+):  # fmt: skip
+    """The first stage of cross-entropy: of soft targets unless they are None, else of indices."""
+    buffer, line, kept = _row_scratch(scratch)
+    ahead = min(n * num_classes, FAR)
+    _largest_of_rows(x, first, n, num_classes, r, buffer, storage)
+    for i in range(n):
+        start = (first + i) * num_classes
+        r[GAP + i] = 0.0
+        r[TARGET_LOGIT + i] = 0.0
+        r[OTHERS + i] = 0.0
+        r[MASS + i] = 0.0
+        r[TOP_MASS + i] = 0.0
+        if r[ROW_WEIGHT + i] == 0.0:
+            r[MAXIMUM + i] = 0.0
+            r[INDEX + i] = 0.0
+            continue
+        m = buffer.dtype.type(r[MAXIMUM + i])
+        if soft is not None:
+            index = _find_in_row(x, start, num_classes, m, buffer, storage)
+            r[INDEX + i] = index
+            r[GAP + i], r[MASS + i], r[TOP_MASS + i] = _soft_sums(
+                x, start, soft, num_classes, weight, keep, uniform, m, index, buffer, line,
+                storage, soft_storage,
+            )  # fmt: skip
+        elif uniform != 0.0:
+            for c in range(0, num_classes, BLOCK):
+                width = min(BLOCK, num_classes - c)
+                block = _load(x, start + c, width, buffer, storage)
+                r[GAP + i] += _gap(block, weight[c : c + width], m)
+        index = int(r[INDEX + i])
+        r[TARGET_LOGIT + i] = _load_one(x, start + index, storage)
+        r[OTHERS + i] = _exp_row(
+            x, start, num_classes, index, m, keep_exponentials, kept[i * num_classes :], buffer,
+            line, ahead, storage,
+        )  # fmt: skip
+    _add_exponentials(r, n, scratch)
 
 
 @_inline
@@ -767,188 +1182,371 @@ def _soft_sums(
     return gap, mass, top
 
 
+@_inline
+def _write_rows(
+    out, r, scratch, first, n, num_classes, weight, soft, keep, uniform, storage, soft_storage,
+    stream,
+):  # fmt: skip
+    buffer, _, kept = _row_scratch(scratch)
+    for i in range(n):
+        _write_row(
+            kept[i * num_classes : (i + 1) * num_classes], r, i, int(r[INDEX + i]), weight, soft,
+            (first + i) * num_classes, keep, uniform, buffer, soft_storage,
+        )  # fmt: skip
+    _store(out, first * num_classes, kept[: n * num_classes], storage, stream)
+
+
 # ---------------------------------------------------------------------------------------------
 # Tiles: samples in the SIMD lanes
 # ---------------------------------------------------------------------------------------------
 # A unit is LANES samples that follow each other in (outer, inner) order, held in scratch as
-# [class][lane]; lanes without a sample hold zeros.  Scratch: a line, five rows of lanes, two tiles.
+# [class][lane]; lanes without a sample hold zeros.  Scratch: the samples one after the other, as
+# rows, and two tiles; transposing moves eight by eight, and may go seven beyond either.  Then the
+# carries, for runs of output that begin and end within a cache line.
 
 
 @_inline
 def _tile_scratch(scratch, num_classes):
-    start = max(num_classes, LANES)
-    lanes = scratch[start : start + 5 * LANES]
-    start += 5 * LANES
-    size = num_classes * LANES
-    return (
-        scratch[: max(num_classes, LANES)],
-        lanes,
-        scratch[start : start + size],
-        scratch[start + size : start + 2 * size],
-    )
+    rows = (num_classes + 1) * LANES
+    tile = (num_classes + 8) * LANES
+    return scratch[:rows], scratch[rows : rows + tile], scratch[rows + tile : rows + 2 * tile]
+
+
+@_inline
+def _tile_numbers(num_classes):
+    """What a unit of tiles needs of scratch; the carries, one a class, lie behind it."""
+    return (num_classes + 1 + 2 * (num_classes + 8)) * LANES
+
+
+@_inline
+def _transpose_rows(rows, tile, num_classes):
+    for lane in range(0, LANES, 8):
+        for c in range(0, num_classes, 8):
+            _transpose(rows[lane * num_classes + c :], num_classes, tile[c * LANES + lane :], LANES)
 
 
 @_inline
 def _load_tile(x, tile, buffer, first, n, num_classes, inner, storage):
+    if inner == 1:
+        start = first * num_classes
+        size = LANES * num_classes
+        if n == LANES and start + size + 8 <= x.size:
+            rows = _load(x, start, size + 8, buffer, storage)
+            _transpose_rows(rows, tile, num_classes)
+        else:  # transposing must not read beyond the array
+            _copy(buffer[: n * num_classes], _load(x, start, n * num_classes, buffer, storage))
+            buffer[n * num_classes :] = 0
+            _transpose_rows(buffer, tile, num_classes)
+        return
     if n < LANES:
-        for i in range(tile.size):
-            tile[i] = 0
-    if inner == 1:
-        for lane in range(n):
-            row = _load(x, (first + lane) * num_classes, num_classes, buffer, storage)
-            column = tile[lane:]
-            for c in range(num_classes):
-                column[c * LANES] = row[c]
-        return
-    lane = 0
-    while lane < n:
-        o, i = divmod(first + lane, inner)
-        width = min(n - lane, inner - i)
-        for c in range(num_classes):
-            values = _load(x, (o * num_classes + c) * inner + i, width, buffer, storage)
-            _copy(tile[c * LANES + lane : c * LANES + lane + width], values)
-        lane += width
-
-
-@_inline
-def _store_tile(out, tile, buffer, first, n, num_classes, inner, storage):
-    if inner == 1:
-        for lane in range(n):
-            row = buffer[:num_classes]
-            column = tile[lane:]
-            for c in range(num_classes):
-                row[c] = column[c * LANES]
-            start = (first + lane) * num_classes
-            _store(out[start : start + num_classes], row, storage)
-        return
+        tile[: num_classes * LANES] = 0
     lane = 0
     while lane < n:
         o, i = divmod(first + lane, inner)
         width = min(n - lane, inner - i)
         for c in range(num_classes):
             start = (o * num_classes + c) * inner + i
-            _store(
-                out[start : start + width],
-                tile[c * LANES + lane : c * LANES + lane + width],
-                storage,
-            )
+            column = c * LANES + lane
+            _copy(tile[column : column + width], _load(x, start, width, buffer, storage))
         lane += width
 
 
 @_inline
-def _clear_dead_lanes(tile, r):
+def _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream):
+    buffer = scratch[: (num_classes + 1) * LANES]
+    if inner == 1:
+        # From the last classes to the first: what goes beyond a row is written over by the next.
+        for lane in range(0, LANES, 8):
+            for c in range((num_classes - 1) // 8 * 8, -1, -8):
+                _transpose(
+                    tile[c * LANES + lane :], LANES, buffer[lane * num_classes + c :], num_classes
+                )
+        _store(out, first * num_classes, buffer[: n * num_classes], storage, stream)
+        return
+    lane = 0
+    while lane < n:
+        o, i = divmod(first + lane, inner)
+        width = min(n - lane, inner - i)
+        for c in range(num_classes):
+            column = c * LANES + lane
+            start = (o * num_classes + c) * inner + i
+            _store_run(
+                out, start, tile[column : column + width], storage, stream,
+                _carry(scratch, num_classes, c), r, FIELDS + c,
+            )  # fmt: skip
+        lane += width
+
+
+@_inline
+def _carry(scratch, num_classes, c):
+    """Half a cache line or less of class c; r[FIELDS + c] says where it is to go, or -1."""
+    start = _tile_numbers(num_classes) + c * (LINE // scratch.itemsize)
+    return scratch[start : start + LINE // scratch.itemsize]
+
+
+@_inline
+def _begin_carries(r):
+    for c in range(FIELDS, r.size):
+        r[c] = -1.0
+
+
+@_inline
+def _flush_carries(out, r, scratch, num_classes):
+    for c in range(r.size - FIELDS):
+        _flush(out, _carry(scratch, num_classes, c), r, FIELDS + c)
+
+
+@_inline
+def _clear_dead_lanes(tile, num_classes, r):
     """Nothing of a row that counts for nothing, a NaN least of all, gets through."""
     for lane in range(LANES):
         if r[ROW_WEIGHT + lane] == 0.0:
             column = tile[lane:]
-            for c in range(tile.size // LANES):
+            for c in range(num_classes):
                 column[c * LANES] = 0
 
 
 @_inline
-def _tile_largest(tile, m, k):
-    real = tile.dtype.type
+def _tile_largest(tile, num_classes, r):
+    m = _lanes(tile)
     for j in range(LANES):
         m[j] = -np.inf
-        k[j] = 0
-    for c in range(tile.size // LANES):
-        row = tile[c * LANES : (c + 1) * LANES]
-        number = real(c)
-        for j in range(LANES):
-            rises = row[j] > m[j]
-            k[j] = number if rises else k[j]
-            m[j] = row[j] if rises else m[j]
-
-
-@_inline
-def _tile_reduce(tile, m, skip, line, lane, keep, r):
-    """Sums of exponentials without class skip; the tile then holds the scaled exp(x - maximum)."""
-    real = tile.dtype.type
-    num_classes = tile.size // LANES
-    scale = _scale_of(real(0))
-    for j in range(LANES):
-        lane[j] = 0
-        r[OTHERS + j] = 0.0
     for c in range(num_classes):
         row = tile[c * LANES : (c + 1) * LANES]
-        target = row if keep else line
+        for j in range(LANES):
+            m[j] = row[j] if row[j] > m[j] else m[j]
+    for j in range(LANES):
+        r[MAXIMUM + j] = m[j]
+
+
+@_inline
+def _tile_find(tile, num_classes, r):
+    """The first class whose score is the maximum, or 0."""
+    real = tile.dtype.type
+    m, k = _lanes(tile), _lanes(tile)
+    for j in range(LANES):
+        m[j] = r[MAXIMUM + j]
+        k[j] = 0
+    for c in range(num_classes - 1, -1, -1):
+        row = tile[c * LANES : (c + 1) * LANES]
         number = real(c)
+        for j in range(LANES):
+            k[j] = number if row[j] == m[j] else k[j]
+    for j in range(LANES):
+        r[INDEX + j] = k[j]
+
+
+@_inline
+def _tile_exponentials(tile, num_classes, skip, keep, r, x, first, inner):
+    """Sums of exponentials, if skip without INDEX; if keep, they take the place of the scores.
+
+    Meanwhile the scores of the next unit are fetched from x, so that memory is never idle.
+    """
+    real = tile.dtype.type
+    pivot, magic, lowest = _lanes(tile), _lanes(tile), _lanes(tile)
+    value, lane, index = _lanes(tile), _lanes(tile), _lanes(tile)
+    total = _lanes(r)
+    step = LANES if inner == 1 else inner
+    o, i = divmod(first + LANES, inner)
+    later = o * num_classes * inner + i
+    for j in range(LANES):
+        m = real(r[MAXIMUM + j])
+        pivot[j] = _pivot_of(m)
+        magic[j] = _magic_of(m)
+        lowest[j] = _lowest_of(magic[j])
+        lane[j] = 0
+        total[j] = 0.0
+    for j in range(LANES):
+        index[j] = r[INDEX + j] if skip else -1.0
+    for c in range(num_classes):
+        row = tile[c * LANES : (c + 1) * LANES]
+        number = real(c)
+        _fetch(x, later + c * step, LANES)
+        for j in range(LANES):
+            value[j] = _exponential(row[j], pivot[j], magic[j], lowest[j])
+        for j in range(LANES):
+            lane[j] += real(0) if index[j] == number else value[j]
         if keep:
             for j in range(LANES):
-                row[j] = _exp_scaled(row[j], m[j])
-        else:
-            for j in range(LANES):
-                line[j] = _exp_scaled(row[j], m[j])
-        for j in range(LANES):
-            lane[j] += real(0) if skip[j] == number else target[j]
+                row[j] = value[j]
         if c % RUN == RUN - 1 or c == num_classes - 1:  # long sums in float64
             for j in range(LANES):
-                r[OTHERS + j] += np.float64(lane[j])
-            for j in range(LANES):
+                total[j] += np.float64(lane[j])
                 lane[j] = 0
     for j in range(LANES):
-        maximum = np.float64(m[j])
-        r[MAXIMUM + j] = maximum
-        # NaN where there is no finite maximum
-        r[OTHERS + j] = r[OTHERS + j] / scale + (maximum - maximum)
+        r[OTHERS + j] = total[j]
 
 
 @_inline
-def _tile_scale(tile, soft, skip, f, weight, keep, uniform, r):
-    """From scaled exp(x - maximum) to the result."""
-    scale = _scale_of(tile.dtype.type(0))
-    spreads = False
+def _tile_factors(tile, num_classes, f, r):
+    """The factors in the compute type, the power of two that it cannot hold moved to the tile."""
+    real = tile.dtype.type
+    small = 0
     for j in range(LANES):
-        f[j] = r[FACTOR + j] / scale
-        spreads |= r[SPREAD + j] != 0.0
-    for c in range(tile.size // LANES):
+        f[j] = r[FACTOR + j]
+        small += (abs(r[FACTOR + j]) < _tiny_of(real(0))) & (r[FACTOR + j] != 0.0)
+    if not small:
+        return
+    for j in range(LANES):
+        if abs(r[FACTOR + j]) < _tiny_of(real(0)):
+            f[j] = r[FACTOR + j] / _power_of(real(0))
+            column = tile[j:]
+            for c in range(num_classes):
+                column[c * LANES] *= _power_of(real(0))
+
+
+@_inline
+def _tile_scale(tile, num_classes, soft, weight, keep, uniform, r):
+    """From exponentials to the gradient: factor * e_c - spread * w_c t_c, left_out at INDEX."""
+    real = tile.dtype.type
+    f, left_out, index = _lanes(tile), _lanes(tile), _lanes(tile)
+    spread = _lanes(r)
+    _tile_factors(tile, num_classes, f, r)
+    for j in range(LANES):
+        spread[j] = r[SPREAD + j]
+        left_out[j] = r[LEFT_OUT + j]
+        index[j] = r[INDEX + j]
+    # left_out in passing: numbers put one by one would hold up who then reads the tile as vectors.
+    for c in range(num_classes):
         row = tile[c * LANES : (c + 1) * LANES]
         w = weight[c] if weight.size else 1.0
-        if soft.size:
+        number = real(c)
+        if soft is not None:
             t = soft[c * LANES : (c + 1) * LANES]
             for j in range(LANES):
-                row[j] = row[j] * f[j] - tile.dtype.type(
-                    r[SPREAD + j] * w * (keep * t[j] + uniform)
-                )
-        elif spreads:
+                g = row[j] * f[j] - real(spread[j] * w * (keep * t[j] + uniform))
+                row[j] = left_out[j] if index[j] == number else g
+        elif uniform != 0.0:
             for j in range(LANES):
-                row[j] = row[j] * f[j] - tile.dtype.type(r[SPREAD + j] * w)
+                g = row[j] * f[j] - real(spread[j] * w)
+                row[j] = left_out[j] if index[j] == number else g
         else:
             for j in range(LANES):
-                row[j] *= f[j]
-    for j in range(LANES):
-        tile[int(skip[j]) * LANES + j] = r[LEFT_OUT + j]
+                g = row[j] * f[j]
+                row[j] = left_out[j] if index[j] == number else g
 
 
 @_inline
-def _tile_gaps(tile, soft, m, index, weight, keep, uniform, r):
+def _tile_gaps(tile, num_classes, soft, weight, keep, uniform, r):
     """sum w t (m - x), the sum of w t without the maximum, and its own w t."""
+    m, index, gap, mass = _lanes(r), _lanes(r), _lanes(r), _lanes(r)
     for j in range(LANES):
-        r[GAP + j] = 0.0
-        r[MASS + j] = 0.0
-        r[TOP_MASS + j] = 0.0
-    for c in range(tile.size // LANES):
+        m[j] = r[MAXIMUM + j]
+        index[j] = r[INDEX + j]
+        gap[j] = 0.0
+        mass[j] = 0.0
+    for c in range(num_classes):
         row = tile[c * LANES : (c + 1) * LANES]
         w = weight[c] if weight.size else 1.0
-        if soft.size:
+        if soft is not None:
             t = soft[c * LANES : (c + 1) * LANES]
-            number = tile.dtype.type(c)
+            number = np.float64(c)
             for j in range(LANES):
                 wt = w * (keep * t[j] + uniform)
-                top = index[j] == number
-                r[GAP + j] += _times(wt, np.float64(m[j]) - np.float64(row[j]))
-                r[MASS + j] += 0.0 if top else wt
-                r[TOP_MASS + j] = wt if top else r[TOP_MASS + j]
+                gap[j] += _times(wt, m[j] - np.float64(row[j]))
+                mass[j] += 0.0 if index[j] == number else wt
         else:
             for j in range(LANES):
-                r[GAP + j] += _times(w, np.float64(m[j]) - np.float64(row[j]))
+                gap[j] += _times(w, m[j] - np.float64(row[j]))
+    for j in range(LANES):
+        r[GAP + j] = gap[j]
+        r[MASS + j] = mass[j]
+        if soft is not None:
+            k = int(index[j])
+            w = weight[k] if weight.size else 1.0
+            r[TOP_MASS + j] = w * (keep * soft[k * LANES + j] + uniform)
+
+
+@_inline
+def _softmax_tile(x, out, r, scratch, first, n, num_classes, inner, storage, stream):
+    buffer, tile, _ = _tile_scratch(scratch, num_classes)
+    f = _lanes(tile)
+    _load_tile(x, tile, buffer, first, n, num_classes, inner, storage)
+    _tile_largest(tile, num_classes, r)
+    _tile_exponentials(tile, num_classes, False, True, r, x, first, inner)
+    for j in range(LANES):
+        f[j] = 1.0 / r[OTHERS + j]
+    for c in range(num_classes):
+        row = tile[c * LANES : (c + 1) * LANES]
+        for j in range(LANES):
+            row[j] *= f[j]
+    _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream)
+
+
+@_inline
+def _log_softmax_tile(x, out, r, scratch, first, n, num_classes, inner, storage, stream, log_probs):
+    buffer, tile, _ = _tile_scratch(scratch, num_classes)
+    m, log_s = _lanes(tile), _lanes(tile)
+    _load_tile(x, tile, buffer, first, n, num_classes, inner, storage)
+    _tile_largest(tile, num_classes, r)
+    _tile_find(tile, num_classes, r)
+    _tile_exponentials(tile, num_classes, True, False, r, x, first, inner)
+    for j in range(LANES):
+        r[TARGET_LOGIT + j] = r[MAXIMUM + j]
+    _add_exponentials(r, LANES, scratch)
+    for j in range(LANES):
+        r[LOSS + j] = _log1p(r[OTHERS + j] / r[TOP + j])
+    if not log_probs:
+        for j in range(n):
+            log_s[j] = r[MAXIMUM + j] + r[LOSS + j]
+        _store(out, first, log_s[:n], storage, False)
+        return
+    for j in range(LANES):
+        m[j] = r[MAXIMUM + j]
+        log_s[j] = r[LOSS + j]
+    for c in range(num_classes):
+        row = tile[c * LANES : (c + 1) * LANES]
+        for j in range(LANES):
+            row[j] = (row[j] - m[j]) - log_s[j]
+    _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream)
+
+
+@_inline
+def _reduce_tile(
+    x, soft, r, scratch, first, n, num_classes, inner, weight, keep, uniform, keep_exponentials,
+    storage, soft_storage,
+):  # fmt: skip
+    """The first stage of cross-entropy: of soft targets unless they are None, else of indices."""
+    buffer, tile, targets = _tile_scratch(scratch, num_classes)
+    for j in range(n, LANES):
+        r[INDEX + j] = 0.0
+        r[ROW_WEIGHT + j] = 0.0
+        r[TARGET_WEIGHT + j] = 0.0
+    _load_tile(x, tile, buffer, first, n, num_classes, inner, storage)
+    if soft is not None:
+        _load_tile(soft, targets, buffer, first, n, num_classes, inner, soft_storage)
+    _clear_dead_lanes(tile, num_classes, r)
+    _tile_largest(tile, num_classes, r)
+    if soft is not None:
+        _tile_find(tile, num_classes, r)
+    for j in range(LANES):
+        r[TARGET_LOGIT + j] = tile[int(r[INDEX + j]) * LANES + j]
+        r[GAP + j] = 0.0
+    if soft is not None:
+        _tile_gaps(tile, num_classes, targets, weight, keep, uniform, r)
+    elif uniform != 0.0:
+        _tile_gaps(tile, num_classes, None, weight, keep, uniform, r)
+    _tile_exponentials(tile, num_classes, True, keep_exponentials, r, x, first, inner)
+    _add_exponentials(r, LANES, scratch)
+
+
+@_inline
+def _write_tile(
+    out, r, scratch, first, n, num_classes, inner, weight, soft, keep, uniform, storage, stream
+):
+    _, tile, targets = _tile_scratch(scratch, num_classes)
+    if soft is not None:
+        _tile_scale(tile, num_classes, targets, weight, keep, uniform, r)
+    else:
+        _tile_scale(tile, num_classes, None, weight, keep, uniform, r)
+    _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream)
 
 
 # ---------------------------------------------------------------------------------------------
 # Shares: what one thread does
 # ---------------------------------------------------------------------------------------------
-# `shape` is (rows, num_classes, inner, group); group, the rows of a unit, is 0 for tiles.  Each
-# operation has its share, and a parallel function that hands one share to each thread.
+# `shape` is (rows, num_classes, inner, group, stream); group, the rows of a unit, is 0 for tiles.
+# Each operation has its share, and a parallel function that hands one share to each thread.
 
 
 @_inline
@@ -957,64 +1555,48 @@ def _share(units, thread, threads):
 
 
 @_entry
-def _softmax_share(x, out, shape, storage, in_place, scratch, fields, units, thread, threads):
-    rows, num_classes, inner, group = shape
-    r = fields[thread]
-    scratch = scratch[thread]
+def _softmax_share(x, out, shape, storage, scratch, fields, units, thread, threads):
+    rows, num_classes, inner, group, stream = shape
+    x, out = _borrow(x), _borrow(out)
+    r, own = _borrow(fields[thread]), _borrow(scratch[thread])
+    _begin_carries(r)
+    size = group if group else LANES
     for unit in _share(units, thread, threads):
+        first = unit * size
+        n = min(size, rows - first)
         if group:
-            start = unit * group
-            n = min(group, rows - start)
-            _softmax_rows(x, out, r, scratch, start, n, num_classes, storage, in_place)
-            continue
-        start = unit * LANES
-        n = min(LANES, rows - start)
-        buffer, lanes, tile, _ = _tile_scratch(scratch, num_classes)
-        m, k, lane = lanes[:LANES], lanes[LANES : 2 * LANES], lanes[2 * LANES : 3 * LANES]
-        _load_tile(x, tile, buffer, start, n, num_classes, inner, storage)
-        _tile_largest(tile, m, k)
-        _tile_reduce(tile, m, k, buffer[:LANES], lane, True, r)
-        _softmax_step(r, LANES)
-        _tile_scale(tile, tile[:0], k, lane, r[:0], 1.0, 0.0, r)
-        _store_tile(out, tile, buffer, start, n, num_classes, inner, storage)
+            _softmax_rows(x, out, r, own, first, n, num_classes, storage, stream)
+        else:
+            _softmax_tile(x, out, r, own, first, n, num_classes, inner, storage, stream)
+    _flush_carries(out, r, own, num_classes)
+    _end_stream()
 
 
 @_entry(parallel=True)
-def _softmax_parallel(x, out, shape, storage, in_place, scratch, fields, units, threads):
+def _softmax_parallel(x, out, shape, storage, scratch, fields, units, threads):
     for thread in prange(threads):
-        _softmax_share(x, out, shape, storage, in_place, scratch, fields, units, thread, threads)
+        _softmax_share(x, out, shape, storage, scratch, fields, units, thread, threads)
 
 
 @_entry
 def _log_softmax_share(x, out, shape, storage, log_probs, scratch, fields, units, thread, threads):
     """log_softmax, or, without log_probs, logsumexp."""
-    rows, num_classes, inner, group = shape
-    r = fields[thread]
-    scratch = scratch[thread]
+    rows, num_classes, inner, group, stream = shape
+    x, out = _borrow(x), _borrow(out)
+    r, own = _borrow(fields[thread]), _borrow(scratch[thread])
+    _begin_carries(r)
+    size = group if group else LANES
     for unit in _share(units, thread, threads):
+        first = unit * size
+        n = min(size, rows - first)
         if group:
-            for row in range(unit * group, min((unit + 1) * group, rows)):
-                _log_softmax_row(x, out, scratch, row, num_classes, storage, log_probs)
-            continue
-        start = unit * LANES
-        n = min(LANES, rows - start)
-        buffer, lanes, tile, _ = _tile_scratch(scratch, num_classes)
-        m, k, lane = lanes[:LANES], lanes[LANES : 2 * LANES], lanes[2 * LANES : 3 * LANES]
-        _load_tile(x, tile, buffer, start, n, num_classes, inner, storage)
-        _tile_largest(tile, m, k)
-        _tile_reduce(tile, m, k, buffer[:LANES], lane, False, r)
-        if not log_probs:
-            for j in range(n):
-                lane[j] = r[MAXIMUM + j] + _log1p(r[OTHERS + j])
-            _store(out[start : start + n], lane[:n], storage)
-            continue
-        for j in range(LANES):
-            lane[j] = _log1p(r[OTHERS + j])
-        for c in range(num_classes):
-            row = tile[c * LANES : (c + 1) * LANES]
-            for j in range(LANES):
-                row[j] = (row[j] - m[j]) - lane[j]
-        _store_tile(out, tile, buffer, start, n, num_classes, inner, storage)
+            _log_softmax_rows(x, out, r, own, first, n, num_classes, storage, stream, log_probs)
+        else:
+            _log_softmax_tile(
+                x, out, r, own, first, n, num_classes, inner, storage, stream, log_probs
+            )
+    _flush_carries(out, r, own, num_classes)
+    _end_stream()
 
 
 @_entry(parallel=True)
@@ -1027,210 +1609,114 @@ def _log_softmax_parallel(x, out, shape, storage, log_probs, scratch, fields, un
 
 @_entry
 def _cross_entropy_share(
-    x, target, weight, sample_weight, shape, storage, in_place, ignore_index, options, losses,
-    out, scratch, fields, partial, units, thread, threads,
+    x, target, weight, sample_weight, shape, storage, ignore_index, options, losses, out, scratch,
+    fields, partial, units, thread, threads,
 ):  # fmt: skip
-    rows, num_classes, inner, group = shape
+    rows, num_classes, inner, group, stream = shape
     smoothing, z_loss, scale, weight_sum = options
     uniform = smoothing / num_classes
-    r = fields[thread]
-    scratch = scratch[thread]
+    x, out = _borrow(x), _borrow(out)
+    r, own = _borrow(fields[thread]), _borrow(scratch[thread])
+    _begin_carries(r)
     size = group if group else LANES
-    keep = out.size > 0
     for unit in _share(units, thread, threads):
-        start = unit * size
-        n = min(size, rows - start)
-        for i in range(FIELDS):
-            r[i] = 0.0
+        first = unit * size
+        n = min(size, rows - first)
+        lanes = n if group else LANES
         _read_targets(
-            r, target[start : start + n], weight, sample_weight[start : start + n], num_classes,
-            ignore_index, smoothing, z_loss, weight_sum,
+            r, target, weight, sample_weight, first, n, num_classes, ignore_index,
+            smoothing, z_loss, weight_sum,
         )  # fmt: skip
         if group:
-            buffer, line, references, kept_rows = _row_scratch(scratch, num_classes, n)
-            blocks = references.size // n
-            for i in range(n):
-                if r[ROW_WEIGHT + i] == 0.0:
-                    continue
-                at = (start + i) * num_classes
-                y = int(r[INDEX + i])
-                r[TARGET_LOGIT + i] = _load(x, at + y, 1, buffer, storage)[0]
-                m = buffer.dtype.type(-np.inf)
-                if smoothing != 0.0:
-                    m, _ = _largest_of_row(x, at, num_classes, buffer, storage)
-                    r[GAP + i] = _gap_of_row(
-                        x, at, num_classes, weight, np.float64(m), buffer, storage
-                    )
-                kept = _kept(out, kept_rows, at, i * num_classes, num_classes)
-                r[MAXIMUM + i], r[OTHERS + i], _ = _reduce_row(
-                    x, at, num_classes, y, m, keep, in_place, kept,
-                    references[i * blocks : (i + 1) * blocks], buffer, line, storage,
-                )  # fmt: skip
-            _cross_entropy_step(r, n, num_classes, smoothing, z_loss, scale, weight_sum)
-            partial[unit] = _deliver_losses(r, n, losses, start, scratch)
-            if keep:
-                for i in range(n):
-                    at = (start + i) * num_classes
-                    _write_row(
-                        out, at, _kept(out, kept_rows, at, i * num_classes, num_classes),
-                        references[i * blocks : (i + 1) * blocks], r, i, int(r[INDEX + i]), weight,
-                        x[:0], 0, 1.0, 0.0, buffer, storage, storage,
-                    )  # fmt: skip
-            continue
-        buffer, lanes, tile, _ = _tile_scratch(scratch, num_classes)
-        m, k, lane, y = (
-            lanes[:LANES], lanes[LANES : 2 * LANES], lanes[2 * LANES : 3 * LANES],
-            lanes[3 * LANES : 4 * LANES],
-        )  # fmt: skip
-        _load_tile(x, tile, buffer, start, n, num_classes, inner, storage)
-        _clear_dead_lanes(tile, r)
-        _tile_largest(tile, m, k)
-        for j in range(LANES):
-            y[j] = r[INDEX + j]
-            r[TARGET_LOGIT + j] = tile[int(r[INDEX + j]) * LANES + j]
-        if smoothing != 0.0:
-            _tile_gaps(tile, tile[:0], m, y, weight, 1.0, uniform, r)
-        _tile_reduce(tile, m, y, buffer[:LANES], lane, keep, r)
-        _cross_entropy_step(r, LANES, num_classes, smoothing, z_loss, scale, weight_sum)
-        partial[unit] = _deliver_losses(r, n, losses, start, scratch)
-        if keep:
-            _tile_scale(tile, tile[:0], y, lane, weight, 1.0, 0.0, r)
-            _store_tile(out, tile, buffer, start, n, num_classes, inner, storage)
+            _reduce_rows(
+                x, r, own, first, n, num_classes, weight, None, 1.0, uniform, out.size > 0,
+                storage, FLOATS,
+            )  # fmt: skip
+        else:
+            _reduce_tile(
+                x, None, r, own, first, n, num_classes, inner, weight, 1.0, uniform, out.size > 0,
+                storage, FLOATS,
+            )  # fmt: skip
+        _cross_entropy_step(r, lanes, num_classes, smoothing, z_loss, scale, weight_sum)
+        partial[unit] = _deliver_losses(r, n, losses, first, own)
+        if out.size and group:
+            _write_rows(
+                out, r, own, first, n, num_classes, weight, None, 1.0, uniform, storage, FLOATS,
+                stream,
+            )  # fmt: skip
+        elif out.size:
+            _write_tile(
+                out, r, own, first, n, num_classes, inner, weight, None, 1.0, uniform, storage,
+                stream,
+            )  # fmt: skip
+    _flush_carries(out, r, own, num_classes)
+    _end_stream()
 
 
 @_entry(parallel=True)
 def _cross_entropy_parallel(
-    x, target, weight, sample_weight, shape, storage, in_place, ignore_index, options, losses,
-    out, scratch, fields, partial, units, threads,
+    x, target, weight, sample_weight, shape, storage, ignore_index, options, losses, out, scratch,
+    fields, partial, units, threads,
 ):  # fmt: skip
     for thread in prange(threads):
         _cross_entropy_share(
-            x, target, weight, sample_weight, shape, storage, in_place, ignore_index, options,
-            losses, out, scratch, fields, partial, units, thread, threads,
+            x, target, weight, sample_weight, shape, storage, ignore_index, options, losses, out,
+            scratch, fields, partial, units, thread, threads,
         )  # fmt: skip
 
 
 @_entry
 def _cross_entropy_soft_share(
-    x, soft, weight, sample_weight, shape, storage, soft_storage, in_place, options, losses,
-    out, scratch, fields, partial, units, thread, threads,
+    x, soft, weight, sample_weight, shape, storage, soft_storage, options, losses, out, scratch,
+    fields, partial, units, thread, threads,
 ):  # fmt: skip
-    rows, num_classes, inner, group = shape
+    rows, num_classes, inner, group, stream = shape
     smoothing, z_loss, scale = options
-    spare, uniform = 1.0 - smoothing, smoothing / num_classes
-    r = fields[thread]
-    scratch = scratch[thread]
+    keep, uniform = 1.0 - smoothing, smoothing / num_classes
+    x, soft, out = _borrow(x), _borrow(soft), _borrow(out)
+    r, own = _borrow(fields[thread]), _borrow(scratch[thread])
+    _begin_carries(r)
     size = group if group else LANES
-    keep = out.size > 0
     for unit in _share(units, thread, threads):
-        start = unit * size
-        n = min(size, rows - start)
-        for i in range(FIELDS):
-            r[i] = 0.0
-        _read_sample_weights(r, sample_weight[start : start + n], n)
+        first = unit * size
+        n = min(size, rows - first)
+        _read_sample_weights(r, sample_weight[first : first + n], n)
         if group:
-            buffer, line, references, kept_rows = _row_scratch(scratch, num_classes, n)
-            blocks = references.size // n
-            for i in range(n):
-                if r[ROW_WEIGHT + i] == 0.0:
-                    continue
-                at = (start + i) * num_classes
-                m, index = _largest_of_row(x, at, num_classes, buffer, storage)
-                r[INDEX + i] = index
-                r[GAP + i], r[MASS + i], r[TOP_MASS + i] = _soft_sums(
-                    x, at, soft, num_classes, weight, spare, uniform, np.float64(m), index, buffer,
-                    line, storage, soft_storage,
-                )  # fmt: skip
-                kept = _kept(out, kept_rows, at, i * num_classes, num_classes)
-                r[MAXIMUM + i], r[OTHERS + i], _ = _reduce_row(
-                    x, at, num_classes, index, m, keep, in_place, kept,
-                    references[i * blocks : (i + 1) * blocks], buffer, line, storage,
-                )  # fmt: skip
-            _cross_entropy_soft_step(r, n, z_loss, scale)
-            partial[unit] = _deliver_losses(r, n, losses, start, scratch)
-            if keep:
-                for i in range(n):
-                    at = (start + i) * num_classes
-                    _write_row(
-                        out, at, _kept(out, kept_rows, at, i * num_classes, num_classes),
-                        references[i * blocks : (i + 1) * blocks], r, i, int(r[INDEX + i]), weight,
-                        soft, at, spare, uniform, buffer, storage, soft_storage,
-                    )  # fmt: skip
-            continue
-        buffer, lanes, tile, targets = _tile_scratch(scratch, num_classes)
-        m, k, lane = lanes[:LANES], lanes[LANES : 2 * LANES], lanes[2 * LANES : 3 * LANES]
-        _load_tile(x, tile, buffer, start, n, num_classes, inner, storage)
-        _load_tile(soft, targets, buffer, start, n, num_classes, inner, soft_storage)
-        _clear_dead_lanes(tile, r)
-        _tile_largest(tile, m, k)
-        _tile_gaps(tile, targets, m, k, weight, spare, uniform, r)
-        _tile_reduce(tile, m, k, buffer[:LANES], lane, keep, r)
-        _cross_entropy_soft_step(r, LANES, z_loss, scale)
-        partial[unit] = _deliver_losses(r, n, losses, start, scratch)
-        if keep:
-            _tile_scale(tile, targets, k, lane, weight, spare, uniform, r)
-            _store_tile(out, tile, buffer, start, n, num_classes, inner, storage)
+            _reduce_rows(
+                x, r, own, first, n, num_classes, weight, soft, keep, uniform, out.size > 0,
+                storage, soft_storage,
+            )  # fmt: skip
+        else:
+            _reduce_tile(
+                x, soft, r, own, first, n, num_classes, inner, weight, keep, uniform,
+                out.size > 0, storage, soft_storage,
+            )  # fmt: skip
+        _cross_entropy_soft_step(r, n if group else LANES, z_loss, scale)
+        partial[unit] = _deliver_losses(r, n, losses, first, own)
+        if out.size and group:
+            _write_rows(
+                out, r, own, first, n, num_classes, weight, soft, keep, uniform, storage,
+                soft_storage, stream,
+            )  # fmt: skip
+        elif out.size:
+            _write_tile(
+                out, r, own, first, n, num_classes, inner, weight, soft, keep, uniform, storage,
+                stream,
+            )  # fmt: skip
+    _flush_carries(out, r, own, num_classes)
+    _end_stream()
 
 
 @_entry(parallel=True)
 def _cross_entropy_soft_parallel(
-    x, soft, weight, sample_weight, shape, storage, soft_storage, in_place, options, losses,
-    out, scratch, fields, partial, units, threads,
+    x, soft, weight, sample_weight, shape, storage, soft_storage, options, losses, out, scratch,
+    fields, partial, units, threads,
 ):  # fmt: skip
     for thread in prange(threads):
         _cross_entropy_soft_share(
-            x, soft, weight, sample_weight, shape, storage, soft_storage, in_place, options,
-            losses, out, scratch, fields, partial, units, thread, threads,
+            x, soft, weight, sample_weight, shape, storage, soft_storage, options, losses, out,
+            scratch, fields, partial, units, thread, threads,
         )  # fmt: skip
-
-
-@_entry
-def _backward_share(g, p, out, shape, storage, log_probs, scratch, units, thread, threads):
-    """softmax_backward: p (g - sum g p); with log_probs: g - exp(p) sum g."""
-    rows, num_classes, inner, group = shape
-    scratch = scratch[thread]
-    real = scratch.dtype.type
-    scale = _scale_of(real(0))
-    for unit in _share(units, thread, threads):
-        if group:
-            buffer, line, _, _ = _row_scratch(scratch, num_classes, 1)
-            for row in range(unit * group, min((unit + 1) * group, rows)):
-                start = row * num_classes
-                total = 0.0
-                for c in range(0, num_classes, BLOCK):
-                    n = min(BLOCK, num_classes - c)
-                    upstream = _load(g, start + c, n, buffer, storage)
-                    if log_probs:
-                        total += _sum(upstream)
-                    else:
-                        total += _dot(upstream, _load(p, start + c, n, line, storage))
-                m = real(0)
-                if log_probs:
-                    # Log-probabilities are at most 0, but the formula holds for any.
-                    m = max(m, _largest_of_row(p, start, num_classes, buffer, storage)[0])
-                    total = total * np.exp(np.float64(m)) / scale
-                for c in range(0, num_classes, BLOCK):
-                    n = min(BLOCK, num_classes - c)
-                    upstream = _load(g, start + c, n, buffer, storage)
-                    forward = _load(p, start + c, n, line, storage)
-                    result = line[:n]
-                    if log_probs:
-                        _log_softmax_vjp(upstream, forward, m, real(total), result)
-                    else:
-                        _softmax_vjp(upstream, forward, real(total), result)
-                    _store(out[start + c : start + c + n], result, storage)
-            continue
-        start = unit * LANES
-        n = min(LANES, rows - start)
-        buffer, lanes, tile, upstreams = _tile_scratch(scratch, num_classes)
-        m, k, lane, f = (
-            lanes[:LANES], lanes[LANES : 2 * LANES], lanes[2 * LANES : 3 * LANES],
-            lanes[3 * LANES : 4 * LANES],
-        )  # fmt: skip
-        _load_tile(p, tile, buffer, start, n, num_classes, inner, storage)
-        _load_tile(g, upstreams, buffer, start, n, num_classes, inner, storage)
-        _tile_vjp(tile, upstreams, m, k, lane, f, log_probs)
-        _store_tile(out, tile, buffer, start, n, num_classes, inner, storage)
 
 
 @_inline
@@ -1240,50 +1726,118 @@ def _softmax_vjp(g, p, total, result):
 
 
 @_inline
-def _log_softmax_vjp(g, log_p, m, total, result):
+def _log_softmax_vjp(g, log_p, pivot, magic, lowest, total, result):
     for i in range(result.size):
-        result[i] = g[i] - _exp_scaled(log_p[i], m) * total
+        result[i] = g[i] - _exponential(log_p[i], pivot, magic, lowest) * total
 
 
 @_inline
-def _tile_vjp(tile, upstreams, m, k, lane, f, log_probs):
-    """As the rows: the sum over the classes, then the result in the place of the tile."""
-    num_classes = tile.size // LANES
+def _reference(maximum):
+    """A reference for log-probabilities: they are at most 0, but the formula holds for any."""
+    m = max(maximum, type(maximum)(0))
+    pivot, magic = _pivot_of(m), _magic_of(m)
+    lowest = _lowest_of(magic)
+    # What an exponential is multiplied by to give exp(x).
+    unit = np.exp(np.float64(m)) / np.float64(_exponential(m, pivot, magic, lowest))
+    return pivot, magic, lowest, unit
+
+
+@_inline
+def _backward_rows(g, p, out, r, scratch, first, n, num_classes, storage, stream, log_probs):
+    buffer, line, kept = _row_scratch(scratch)
+    real = scratch.dtype.type
+    if log_probs:
+        _largest_of_rows(p, first, n, num_classes, r, buffer, storage)
+    for i in range(n):
+        start = (first + i) * num_classes
+        total = 0.0
+        for c in range(0, num_classes, BLOCK):
+            width = min(BLOCK, num_classes - c)
+            upstream = _load(g, start + c, width, buffer, storage)
+            if log_probs:
+                total += _sum(upstream)
+            else:
+                total += _dot(upstream, _load(p, start + c, width, line, storage))
+        pivot, magic, lowest, unit = _reference(real(r[MAXIMUM + i] if log_probs else 0.0))
+        f = real(total * unit) if log_probs else real(total)
+        for c in range(0, num_classes, BLOCK):
+            width = min(BLOCK, num_classes - c)
+            upstream = _load(g, start + c, width, buffer, storage)
+            forward = _load(p, start + c, width, line, storage)
+            result = kept[i * num_classes + c : i * num_classes + c + width]
+            if log_probs:
+                _log_softmax_vjp(upstream, forward, pivot, magic, lowest, f, result)
+            else:
+                _softmax_vjp(upstream, forward, f, result)
+    _store(out, first * num_classes, kept[: n * num_classes], storage, stream)
+
+
+@_inline
+def _backward_tile(g, p, out, r, scratch, first, n, num_classes, inner, storage, stream, log_probs):
+    buffer, tile, upstreams = _tile_scratch(scratch, num_classes)
+    pivot, magic, lowest = _lanes(tile), _lanes(tile), _lanes(tile)
+    lane, f = _lanes(tile), _lanes(tile)
     real = tile.dtype.type
-    totals = k
+    _load_tile(p, tile, buffer, first, n, num_classes, inner, storage)
+    _load_tile(g, upstreams, buffer, first, n, num_classes, inner, storage)
     for j in range(LANES):
         lane[j] = 0
-        totals[j] = 0
+        r[OTHERS + j] = 0.0
     for c in range(num_classes):
-        p = tile[c * LANES : (c + 1) * LANES]
-        g = upstreams[c * LANES : (c + 1) * LANES]
+        forward = tile[c * LANES : (c + 1) * LANES]
+        upstream = upstreams[c * LANES : (c + 1) * LANES]
         for j in range(LANES):
-            lane[j] += g[j] if log_probs else g[j] * p[j]
+            lane[j] += upstream[j] if log_probs else upstream[j] * forward[j]
         if c % RUN == RUN - 1 or c == num_classes - 1:
             for j in range(LANES):
-                totals[j] += lane[j]
-            for j in range(LANES):
+                r[OTHERS + j] += np.float64(lane[j])
                 lane[j] = 0
     if log_probs:
-        _tile_largest(tile, m, lane)
-        for j in range(LANES):
-            m[j] = max(m[j], real(0))
-            f[j] = np.float64(totals[j]) * np.exp(np.float64(m[j])) / _scale_of(real(0))
+        _tile_largest(tile, num_classes, r)
+    for j in range(LANES):
+        pivot[j], magic[j], lowest[j], unit = _reference(real(r[MAXIMUM + j] if log_probs else 0.0))
+        f[j] = r[OTHERS + j] * unit if log_probs else r[OTHERS + j]
     for c in range(num_classes):
-        p = tile[c * LANES : (c + 1) * LANES]
-        g = upstreams[c * LANES : (c + 1) * LANES]
+        forward = tile[c * LANES : (c + 1) * LANES]
+        upstream = upstreams[c * LANES : (c + 1) * LANES]
         if log_probs:
             for j in range(LANES):
-                p[j] = g[j] - _exp_scaled(p[j], m[j]) * f[j]
+                forward[j] = (
+                    upstream[j] - _exponential(forward[j], pivot[j], magic[j], lowest[j]) * f[j]
+                )
         else:
             for j in range(LANES):
-                p[j] = p[j] * (g[j] - totals[j])
+                forward[j] = forward[j] * (upstream[j] - f[j])
+    _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream)
+
+
+@_entry
+def _backward_share(g, p, out, shape, storage, log_probs, scratch, fields, units, thread, threads):
+    """softmax_backward: p (g - sum g p); with log_probs: g - exp(p) sum g."""
+    rows, num_classes, inner, group, stream = shape
+    g, p, out = _borrow(g), _borrow(p), _borrow(out)
+    r, own = _borrow(fields[thread]), _borrow(scratch[thread])
+    _begin_carries(r)
+    size = group if group else LANES
+    for unit in _share(units, thread, threads):
+        first = unit * size
+        n = min(size, rows - first)
+        if group:
+            _backward_rows(g, p, out, r, own, first, n, num_classes, storage, stream, log_probs)
+        else:
+            _backward_tile(
+                g, p, out, r, own, first, n, num_classes, inner, storage, stream, log_probs
+            )
+    _flush_carries(out, r, own, num_classes)
+    _end_stream()
 
 
 @_entry(parallel=True)
-def _backward_parallel(g, p, out, shape, storage, log_probs, scratch, units, threads):
+def _backward_parallel(g, p, out, shape, storage, log_probs, scratch, fields, units, threads):
     for thread in prange(threads):
-        _backward_share(g, p, out, shape, storage, log_probs, scratch, units, thread, threads)
+        _backward_share(
+            g, p, out, shape, storage, log_probs, scratch, fields, units, thread, threads
+        )
 
 
 @_entry
@@ -1291,20 +1845,20 @@ def _nll_share(
     log_probs, target, weight, sample_weight, shape, storage, ignore_index, losses, scratch,
     fields, partial, units, thread, threads,
 ):  # fmt: skip
-    rows, num_classes, inner, _ = shape
+    rows, num_classes, inner, _, _ = shape
     r = fields[thread]
     scratch = scratch[thread]
     for unit in _share(units, thread, threads):
         start = unit * LANES
         n = min(LANES, rows - start)
         _read_targets(
-            r, target[start : start + n], weight, sample_weight[start : start + n], num_classes,
-            ignore_index, 0.0, 0.0, 0.0,
+            r, target, weight, sample_weight, start, n, num_classes, ignore_index,
+            0.0, 0.0, 0.0,
         )  # fmt: skip
         for i in range(n):
             o, j = divmod(start + i, inner)
             place = (o * num_classes + int(r[INDEX + i])) * inner + j
-            log_p = np.float64(_load(log_probs, place, 1, scratch, storage)[0])
+            log_p = np.float64(_load_one(log_probs, place, storage))
             r[LOSS + i] = _times(r[ROW_WEIGHT + i], -log_p * r[TARGET_WEIGHT + i])
         partial[unit] = _deliver_losses(r, n, losses, start, scratch)
 
@@ -1327,22 +1881,22 @@ def _nll_backward_share(
     units, thread, threads,
 ):  # fmt: skip
     """The gradient at the targets, into `out` that holds zeros."""
-    rows, num_classes, inner, _ = shape
+    rows, num_classes, inner, _, _ = shape
     r = fields[thread]
     scratch = scratch[thread]
     for unit in _share(units, thread, threads):
         start = unit * LANES
         n = min(LANES, rows - start)
         _read_targets(
-            r, target[start : start + n], weight, sample_weight[start : start + n], num_classes,
-            ignore_index, 0.0, 0.0, 0.0,
+            r, target, weight, sample_weight, start, n, num_classes, ignore_index,
+            0.0, 0.0, 0.0,
         )  # fmt: skip
         for i in range(n):
             o, j = divmod(start + i, inner)
             place = (o * num_classes + int(r[INDEX + i])) * inner + j
             # Subtracting from 0 makes +0 of a product that is 0.
             scratch[0] = 0.0 - scale * r[TARGET_WEIGHT + i] * r[ROW_WEIGHT + i]
-            _store(out[place : place + 1], scratch[:1], storage)
+            _store(out, place, scratch[:1], storage, False)
 
 
 @_entry(parallel=True)
@@ -1359,37 +1913,47 @@ def _nll_backward_parallel(
 
 @_entry
 def _check_share(
-    target, weight, sample_weight, num_classes, ignore_index, sums, units, thread, threads
+    target, weight, sample_weight, size, num_classes, ignore_index, sums, units, thread, threads
 ):
     """The sum of the weights of each block, or -1 where a target is out of range."""
+    y = _lanes(np.int64)
     for block in _share(units, thread, threads):
-        start = block * CHECK_BLOCK
-        t = target[start : start + CHECK_BLOCK]
-        s = sample_weight[start : start + CHECK_BLOCK]
-        bad = 0
-        used = 0
-        for i in range(t.size):
-            y = _widen(t[i])
-            counts = y != ignore_index
-            used += counts
-            bad += counts & ((y < 0) | (y >= num_classes))
-        total = np.float64(used)
-        if bad:
-            total = -1.0
-        elif weight.size or s.size:
-            total = 0.0
-            for i in range(t.size):
-                y = _widen(t[i])
-                if y != ignore_index and 0 <= y < num_classes:
-                    total += (s[i] if s.size else 1.0) * (weight[y] if weight.size else 1.0)
-        sums[block] = total
+        last = min((block + 1) * CHECK_BLOCK, size)
+        used = bad = 0
+        total = 0.0
+        for start in range(block * CHECK_BLOCK, last, LANES):
+            n = min(LANES, last - start)
+            _read_indices(target, start, n, y)
+            for i in range(n):
+                counts = y[i] != ignore_index
+                used += counts
+                bad += counts & ((y[i] < 0) | (y[i] >= num_classes))
+            if weight.size or sample_weight.size:
+                for i in range(n):
+                    if y[i] != ignore_index and 0 <= y[i] < num_classes:
+                        row_weight = sample_weight[start + i] if sample_weight.size else 1.0
+                        total += row_weight * (weight[y[i]] if weight.size else 1.0)
+        if weight.size == 0 and sample_weight.size == 0:
+            total = np.float64(used)
+        sums[block] = -1.0 if bad else total
 
 
 @_entry(parallel=True)
-def _check_parallel(target, weight, sample_weight, num_classes, ignore_index, sums, units, threads):
+def _check_parallel(
+    target, weight, sample_weight, size, num_classes, ignore_index, sums, units, threads
+):
     for thread in prange(threads):
         _check_share(
-            target, weight, sample_weight, num_classes, ignore_index, sums, units, thread, threads
+            target,
+            weight,
+            sample_weight,
+            size,
+            num_classes,
+            ignore_index,
+            sums,
+            units,
+            thread,
+            threads,
         )
 
 
@@ -1398,15 +1962,15 @@ def _check_parallel(target, weight, sample_weight, num_classes, ignore_index, su
 # ---------------------------------------------------------------------------------------------
 
 _ABSENT = np.empty(0)
+_ABSENT.flags.writeable = False
 _launch_lock = threading.Lock()
 
 
 def softmax(logits, out, num_threads):
     x, storage = _flat(logits)
-    shape, units, threads = _plan(logits, num_threads)
-    arguments = (x, _flat(out)[0], shape, storage, _same(logits, out))
-    _run(_softmax_share, _softmax_parallel, (*arguments, *_scratch(logits, shape, threads)),
-         units, threads)  # fmt: skip
+    shape, units, threads = _plan(logits, out, num_threads)
+    arguments = (x, _flat_out(out), shape, storage, *_scratch(logits, shape, threads))
+    _run(_softmax_share, _softmax_parallel, arguments, units, threads)
 
 
 def log_softmax(logits, out, num_threads):
@@ -1419,10 +1983,9 @@ def logsumexp(logits, out, num_threads):
 
 def _log_softmax(logits, out, log_probs, num_threads):
     x, storage = _flat(logits)
-    shape, units, threads = _plan(logits, num_threads)
-    arguments = (x, _flat(out)[0], shape, storage, log_probs)
-    _run(_log_softmax_share, _log_softmax_parallel, (*arguments, *_scratch(logits, shape, threads)),
-         units, threads)  # fmt: skip
+    shape, units, threads = _plan(logits, out if log_probs else None, num_threads)
+    arguments = (x, _flat_out(out), shape, storage, log_probs, *_scratch(logits, shape, threads))
+    _run(_log_softmax_share, _log_softmax_parallel, arguments, units, threads)
 
 
 def softmax_backward(grad_output, probs, out, num_threads):
@@ -1435,22 +1998,28 @@ def log_softmax_backward(grad_output, log_probs, out, num_threads):
 
 def _backward(grad_output, forward, out, log_probs, num_threads):
     g, storage = _flat(grad_output)
-    shape, units, threads = _plan(forward, num_threads)
-    scratch, _ = _scratch(forward, shape, threads)
-    arguments = (g, _flat(forward)[0], _flat(out)[0], shape, storage, log_probs, scratch)
+    p, _ = _flat(forward)
+    shape, units, threads = _plan(forward, out, num_threads)
+    arguments = (g, p, _flat_out(out), shape, storage, log_probs,
+                 *_scratch(forward, shape, threads))  # fmt: skip
     _run(_backward_share, _backward_parallel, arguments, units, threads)
 
 
 def check_target(target, weight, sample_weight, num_classes, ignore_index, num_threads):
     """Flat index of the first target out of range, or -1; and the divisor of the mean."""
-    t = target.reshape(-1)
-    units = -(-t.size // CHECK_BLOCK)
+    size = target.size
+    units = -(-size // CHECK_BLOCK)
     sums = np.empty(units)
-    arguments = (t, _or_absent(weight), _or_absent(sample_weight), num_classes, ignore_index, sums)
+    arguments = (
+        _integers(target), _or_absent(weight), _or_absent(sample_weight), size, num_classes,
+        ignore_index, sums,
+    )  # fmt: skip
     _run(_check_share, _check_parallel, arguments, units, min(num_threads, units))
+    if units == 1 and sums[0] >= 0:
+        return -1, sums.item()
     if units and sums.min() < 0:
         start = int(sums.argmin()) * CHECK_BLOCK
-        block = t[start : start + CHECK_BLOCK]
+        block = target.reshape(-1)[start : start + CHECK_BLOCK]
         bad = (block != ignore_index) & ((block < 0) | (block >= num_classes))
         return start + int(bad.argmax()), 0.0
     return -1, float(sums.sum())
@@ -1461,16 +2030,16 @@ def cross_entropy(
     losses, grad, num_threads,
 ):  # fmt: skip
     x, storage = _flat(logits)
-    shape, units, threads = _plan(logits, num_threads)
+    shape, units, threads = _plan(logits, grad, num_threads)
     weight_sum = float(logits.shape[1] if weight is None else weight.sum())
     partial = np.empty(units)
     arguments = (
-        x, target.reshape(-1), _or_absent(weight), _or_absent(sample_weight), shape, storage,
-        _same(logits, grad), ignore_index, (label_smoothing, z_loss, scale, weight_sum),
-        *_outputs(x, losses, grad, logits), *_scratch(logits, shape, threads), partial,
+        x, _integers(target), _or_absent(weight), _or_absent(sample_weight), shape, storage,
+        ignore_index, (label_smoothing, z_loss, scale, weight_sum),
+        *_outputs(logits, losses, grad), *_scratch(logits, shape, threads), partial,
     )  # fmt: skip
     _run(_cross_entropy_share, _cross_entropy_parallel, arguments, units, threads)
-    return float(partial.sum())
+    return _total(partial)
 
 
 def cross_entropy_soft(
@@ -1478,29 +2047,29 @@ def cross_entropy_soft(
 ):
     x, storage = _flat(logits)
     soft, soft_storage = _flat(target)
-    shape, units, threads = _plan(logits, num_threads)
+    shape, units, threads = _plan(logits, grad, num_threads)
     partial = np.empty(units)
     arguments = (
         x, soft, _or_absent(weight), _or_absent(sample_weight), shape, storage, soft_storage,
-        _same(logits, grad), (label_smoothing, z_loss, scale),
-        *_outputs(x, losses, grad, logits), *_scratch(logits, shape, threads), partial,
+        (label_smoothing, z_loss, scale), *_outputs(logits, losses, grad),
+        *_scratch(logits, shape, threads), partial,
     )  # fmt: skip
     _run(_cross_entropy_soft_share, _cross_entropy_soft_parallel, arguments, units, threads)
-    return float(partial.sum())
+    return _total(partial)
 
 
 def nll_loss(
     log_probs, target, weight, sample_weight, ignore_index, scale, losses, grad, num_threads
 ):
     x, storage = _flat(log_probs)
-    shape, _, _ = _plan(log_probs, num_threads)
+    shape, _, _ = _plan(log_probs, None, num_threads)
     units = -(-shape[0] // LANES)
     threads = min(num_threads, units)
     partial = np.empty(units)
     scratch = np.empty((max(threads, 1), 1), _compute_dtype(log_probs))
     fields = np.empty((max(threads, 1), FIELDS))
-    rows = (target.reshape(-1), _or_absent(weight), _or_absent(sample_weight), shape, storage)
-    handed_out, out = _outputs(x, losses, grad, log_probs)
+    rows = (_integers(target), _or_absent(weight), _or_absent(sample_weight), shape, storage)
+    handed_out, out = _outputs(log_probs, losses, grad)
     _run(
         _nll_share, _nll_parallel,
         (x, *rows, ignore_index, handed_out, scratch, fields, partial), units, threads,
@@ -1511,15 +2080,40 @@ def nll_loss(
             _nll_backward_share, _nll_backward_parallel,
             (*rows, ignore_index, scale, out, scratch, fields), units, threads,
         )  # fmt: skip
-    return float(partial.sum())
+    return _total(partial)
+
+
+def _total(partial):
+    """The sum of the row losses from those of the units; small calls have one."""
+    return partial.item() if partial.size == 1 else float(partial.sum())
+
+
+def _read_only(array):
+    """The array in one dimension; read-only, as some inputs are: one type for all is compiled."""
+    flat = array.reshape(-1)[:]
+    flat.flags.writeable = False
+    return flat
+
+
+def _bits(flat):
+    """Half types as their bits."""
+    return flat.view(np.uint16) if flat.itemsize == 2 else flat
 
 
 def _flat(array):
-    """The array in one dimension, half types as their bits, and how to read those."""
-    flat = array.reshape(-1)
+    """An input as kernels read it, and how they are to read 16 bits."""
     if array.itemsize != 2:
-        return flat, FLOATS
-    return flat.view(np.uint16), FLOAT16 if array.dtype == np.float16 else BFLOAT16
+        return _read_only(array), FLOATS
+    return _bits(_read_only(array)), FLOAT16 if array.dtype == np.float16 else BFLOAT16
+
+
+def _integers(target):
+    """Targets as their bytes, and how to read those."""
+    return _read_only(target).view(np.uint8), INTEGERS.index(target.dtype.name)
+
+
+def _flat_out(array):
+    return _bits(array.reshape(-1))
 
 
 def _compute_dtype(array):
@@ -1527,44 +2121,45 @@ def _compute_dtype(array):
 
 
 def _or_absent(array):
-    return _ABSENT if array is None else array.reshape(-1)
+    return _ABSENT if array is None else _read_only(array)
 
 
-def _outputs(x, losses, grad, logits):
+def _outputs(logits, losses, grad):
     """Arrays of the types that the kernels expect, empty where nothing is to be written."""
     if losses is None:
         losses = np.empty(0, _compute_dtype(logits))
-    return losses.reshape(-1), np.empty(0, x.dtype) if grad is None else _flat(grad)[0]
+    if grad is None:
+        grad = np.empty(0, logits.dtype)
+    return losses.reshape(-1), _flat_out(grad)
 
 
-def _same(logits, out):
-    """Whether out is the logits; if not, it does not overlap them."""
-    return out is not None and np.may_share_memory(logits, out)
-
-
-def _plan(array, num_threads):
-    """(rows, num_classes, inner, group), the number of units, and how many threads they are for."""
+def _plan(array, out, num_threads):
+    """(rows, num_classes, inner, group, stream), the units, and how many threads they are for."""
     outer, num_classes, inner = array.shape
     rows = outer * inner
     group = 0
     if inner == 1 and num_classes > SHORT_ROW:
         group = min(max(GROUP // num_classes, 1), LANES)
     units = -(-rows // (group or LANES))
-    return (rows, num_classes, inner, group), units, min(num_threads, units)
+    # In place, what is written is in the cache already.
+    stream = out is not None and out.nbytes >= STREAM_BYTES and not np.may_share_memory(array, out)
+    return (rows, num_classes, inner, group, stream), units, min(num_threads, units)
 
 
 def _scratch(array, shape, threads):
     """Scratch for each thread: taken here, so that want of memory is an error and no crash."""
-    _, num_classes, _, group = shape
+    _, num_classes, inner, group, stream = shape
+    carries = 0
     if group:
-        size = 2 * BLOCK + group * -(-num_classes // BLOCK)
-        if array.itemsize == 2:
-            size += group * num_classes
+        size = 2 * BLOCK + group * num_classes + CHUNK
     else:
-        size = max(num_classes, LANES) + 5 * LANES + 2 * num_classes * LANES
+        size = (num_classes + 1 + 2 * (num_classes + 8)) * LANES
+        if stream and inner > 1 and array.itemsize != 2:
+            carries = num_classes
+            size += carries * (LINE // array.itemsize)
     size += -size % 16  # threads do not share a cache line
     threads = max(threads, 1)
-    return np.empty((threads, size), _compute_dtype(array)), np.empty((threads, FIELDS))
+    return np.empty((threads, size), _compute_dtype(array)), np.empty((threads, FIELDS + carries))
 
 
 def _run(share, parallel, arguments, units, threads):
