@@ -175,7 +175,8 @@ def target(value: ArrayLike, x: Logits, rows: Rows, probabilities: bool) -> np.n
         return np.empty(rows.normal_shape, np.int64)  # [] has no dtype to speak of
     if kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(
-            f"target has dtype {array.dtype}; expected integers{' or probabilities' * probabilities}"
+            f"target has dtype {array.dtype}; "
+            f"expected integers{' or probabilities' * probabilities}"
         )
     if not probabilities:
         raise TypeError(f"target has dtype {array.dtype}; expected integers, the class indices")
@@ -332,11 +333,14 @@ def output(
         raise TypeError(f"out has dtype {out.dtype}, expected {dtype}")
     if out.shape != shape:
         raise ValueError(f"out has shape {out.shape}, expected {shape}")
-    if not out.flags.writeable:
+    flags = out.flags
+    if not flags.writeable:
         raise ValueError("out is read-only")
     in_memory = out if order is None else out.transpose(order)
-    if in_memory.flags.c_contiguous and out.flags.aligned and out.dtype.isnative:
-        normal = in_memory.view(np.ndarray).reshape(normal_shape)
+    if in_memory.flags.c_contiguous and flags.aligned and out.dtype.isnative:
+        if type(out) is not np.ndarray:
+            in_memory = in_memory.view(np.ndarray)
+        normal = in_memory.reshape(normal_shape)
         clear = all(array is None or not np.may_share_memory(out, array) for array in inputs)
         if clear and all(_same_or_apart(normal, array) for array in in_place):
             return Output(out, normal, False, order)

@@ -43,7 +43,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def resolve(backend: str | None) -> ModuleType:
-    """The module of the backend: the keyword, else set_backend, else FASTLOSS_BACKEND, else auto."""
+    """The backend's module: the keyword, else set_backend, else FASTLOSS_BACKEND, else auto."""
     global _selected
     if backend is not None:
         return _load(backend, "backend")

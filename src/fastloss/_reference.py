@@ -33,14 +33,14 @@ FLOAT32 = np.dtype(np.float32)
 
 
 def softmax(logits, out, num_threads):
-    x, m, k = _shifted(logits)
+    x, _, k = _shifted(logits)
     e = np.exp(x)
     total = 1.0 + _sum_others(e, k)
     _round_to(out, e / total)
 
 
 def log_softmax(logits, out, num_threads):
-    x, m, k = _shifted(logits)
+    x, _, k = _shifted(logits)
     _round_to(out, x - np.log1p(_sum_others(np.exp(x), k)))
 
 
@@ -52,13 +52,13 @@ def logsumexp(logits, out, num_threads):
 def softmax_backward(grad_output, probs, out, num_threads):
     g, p = _float64(grad_output), _float64(probs)
     with np.errstate(all="ignore"):
-        _round_to(out, p * (g - (g * p).sum(axis=1, keepdims=True)))
+        _round_to(out, p * (g - _sum(g * p)))
 
 
 def log_softmax_backward(grad_output, log_probs, out, num_threads):
     g, log_p = _float64(grad_output), _float64(log_probs)
     with np.errstate(all="ignore"):
-        _round_to(out, g - np.exp(log_p) * g.sum(axis=1, keepdims=True))
+        _round_to(out, g - np.exp(log_p) * _sum(g))
 
 
 def check_target(target, weight, sample_weight, num_classes, ignore_index, num_threads):
@@ -103,13 +103,13 @@ def cross_entropy(
         z_slope = 2 * z_loss * lse if z_loss else 0.0
         loss = _times(b, log_s - x_y) + z_slope * lse / 2
         if u:
-            loss = loss + spread * log_s + u * _times(w, -x).sum(axis=1, keepdims=True)
+            loss = loss + spread * log_s + u * _sum(_times(w, -x))
         a = b + spread + z_slope
 
-        # 3. write: a p_c - u w_c, and at the target the same minus b without cancellation.
+        # 3. write: a p_c - u w_c, and at the target the same minus b.
         if grad is not None:
             g = a * (e / total) - u * w
-            g_y = spread + z_slope - u * w_y - a * (others / total)
+            g_y = _left_out(a, e_y / total, others / total, b + u * w_y, spread + z_slope - u * w_y)
             np.put_along_axis(g, y, g_y, 1)
             _round_to(grad, np.where(row_weight * scale == 0, 0.0, g * (row_weight * scale)))
     return _deliver(loss, row_weight, losses, logits)
@@ -123,7 +123,7 @@ def cross_entropy_soft(
     w = np.ones(num_classes) if weight is None else weight
     t = (1 - label_smoothing) * _float64(target) + label_smoothing / num_classes
     wt = w[None, :, None] * t
-    a = wt.sum(axis=1, keepdims=True)
+    a = _sum(wt)
 
     x, m, k = _shifted(_mute(logits, row_weight))
     e = np.exp(x)
@@ -132,12 +132,12 @@ def cross_entropy_soft(
         log_s = np.log1p(others)
         lse = m + log_s
         z_slope = 2 * z_loss * lse if z_loss else 0.0
-        loss = a * log_s + _times(wt, -x).sum(axis=1, keepdims=True) + z_slope * lse / 2
+        loss = a * log_s + _sum(_times(wt, -x)) + z_slope * lse / 2
         if grad is not None:
             g = (a + z_slope) * (e / (1 + others)) - wt
-            # At the row's maximum p is near 1: subtract before, not after, the rounding of p.
-            g_k = _sum_others(wt, k) + z_slope - (a + z_slope) * (others / (1 + others))
-            np.put_along_axis(g, k, g_k, 1)
+            p_k, wt_k = 1 / (1 + others), np.take_along_axis(wt, k, 1)
+            rest = _sum_others(wt, k) + z_slope
+            np.put_along_axis(g, k, _left_out(a + z_slope, p_k, others * p_k, wt_k, rest), 1)
             _round_to(grad, np.where(row_weight * scale == 0, 0.0, g * (row_weight * scale)))
     return _deliver(loss, row_weight, losses, logits)
 
@@ -160,7 +160,7 @@ def nll_loss(
 
 
 def _shifted(logits):
-    """x - m, the maximum m and its index, per row; x - m of a row without a finite maximum is NaN."""
+    """x - m, the maximum m and its index, per row; x - m is NaN without a finite maximum."""
     x = _float64(logits)
     k = np.where(np.isnan(x), np.inf, x).argmax(axis=1, keepdims=True)
     m = np.take_along_axis(x, k, 1)
@@ -173,7 +173,19 @@ def _sum_others(e, index):
     rest = e.copy()
     np.put_along_axis(rest, index, 0.0, 1)
     # NaN belongs to the whole row, even where the entry left out is the only one to hold it.
-    return rest.sum(axis=1, keepdims=True) + 0.0 * np.take_along_axis(e, index, 1)
+    return _sum(rest) + 0.0 * np.take_along_axis(e, index, 1)
+
+
+def _left_out(a, p, others, subtracted, rest):
+    """a p - subtracted, or the same as rest - a (1 - p): the second unless it cancels more."""
+    size = np.maximum(np.abs(a * p), np.abs(subtracted))
+    cancels = 2 * size < np.maximum(np.abs(a * others), np.abs(rest))
+    return np.where(cancels, a * p - subtracted, rest - a * others)
+
+
+def _sum(values):
+    """The sum over the classes, in extended precision where the platform has it."""
+    return values.sum(axis=1, keepdims=True, dtype=np.longdouble).astype(np.float64)
 
 
 def _row_weight(used, sample_weight):
