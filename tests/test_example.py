@@ -1,0 +1,95 @@
+"""The training example: right gradients, one loss curve whatever the backend, and it learns."""
+
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastloss as fl
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "softmax_classifier.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(example, tmp_path):
+    """Run main, and give back the choice of a backend afterwards."""
+    yield lambda *options: example.main([*options, "--plot", str(tmp_path / "curve.png")])
+    fl.set_backend(None)
+
+
+def test_gradients_are_those_of_finite_differences(example):
+    rng = np.random.default_rng(0)
+    W, b = rng.normal(size=(4, 6)), rng.normal(size=4)
+    X, y = rng.normal(size=(5, 6)), rng.integers(4, size=5)
+    _, *gradients = example.loss_and_gradients(W, b, X, y, l2=0.3)
+    step = 1e-6
+    for parameter, gradient in zip((W, b), gradients, strict=True):
+        for place in np.ndindex(parameter.shape):
+            value = parameter[place]
+            losses = []
+            for moved in (value + step, value - step):
+                parameter[place] = moved
+                losses.append(example.loss_and_gradients(W, b, X, y, l2=0.3)[0])
+            parameter[place] = value
+            slope = (losses[0] - losses[1]) / (2 * step)
+            assert gradient[place] == pytest.approx(slope, abs=1e-8)
+
+
+def test_every_backend_gives_the_same_curve(run, capsys):
+    curves = {
+        backend: run("--backend", backend, "--epochs", "3", "--batch-size", "100")
+        for backend in ("cython", "numba", "numpy")
+    }
+    assert re.findall(r"samples per second on (\w+)", capsys.readouterr().out) == list(curves)
+    reference = curves["numpy"]
+    assert reference[0] == pytest.approx(math.log(10), abs=1e-6)  # untrained: ten equal scores
+    assert len(reference) == 3 * math.ceil(1437 / 100)
+    for backend in ("cython", "numba"):
+        np.testing.assert_allclose(curves[backend], reference, rtol=0, atol=1e-5, err_msg=backend)
+
+
+def test_options_change_the_training(run):
+    options = ["--epochs", "2", "--batch-size", "200"]
+    plain = run(*options)
+    assert plain == run(*options)  # a seed fixes everything
+    assert plain != run(*options, "--seed", "1")
+    assert plain[-1] < run(*options, "--learning-rate", "0.01")[-1]
+    assert plain[-1] < run(*options, "--l2", "0.1")[-1]
+
+
+def test_script_with_its_defaults(tmp_path):
+    """As in the README: the running example first, then a classifier that is right 95 in 100."""
+    result = subprocess.run(
+        [sys.executable, SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith(
+        "scores    [5. 4. 2.], right class 0\n"
+        "softmax   [0.71 0.26 0.04]\n"
+        "loss      0.349\n"
+        "gradient  [-0.29  0.26  0.04]\n"
+    )
+    assert float(re.search(r"test accuracy +([\d.]+)", result.stdout)[1]) >= 0.95
+    assert int(re.search(r"speed +([\d,]+) samples", result.stdout)[1].replace(",", "")) > 0
+    assert re.search(r"100%.*accuracy=0\.9\d+.*loss=0\.", result.stderr)  # the progress bar
+    assert (tmp_path / "softmax_classifier.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [["--epochs", "0"], ["--backend", "torch"]])
+def test_bad_options_are_refused(run, options, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(*options)
+    assert exit_.value.code == 2
+    assert f"argument {options[0]}: " in capsys.readouterr().err
