@@ -12,6 +12,10 @@ import pytest
 
 import fastloss as fl
 
+# What matplotlib or scikit-learn say of others, and others of them, is not on trial here.
+pytestmark = pytest.mark.filterwarnings(
+    "default::DeprecationWarning", "default::PendingDeprecationWarning", "default::FutureWarning"
+)
 SCRIPT = Path(__file__).parents[1] / "examples" / "softmax_classifier.py"
 
 
