@@ -1,0 +1,173 @@
+"""``python -m fastloss info | check | bench``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fastloss as fl
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ImportError, argparse.ArgumentTypeError) as error:
+        parser.exit(2, f"{parser.prog} {options.command}: {error}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m fastloss", description=fl.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    info = commands.add_parser("info", help="what runs here: CPU, backends, threads, versions")
+    info.set_defaults(run=_info)
+
+    check = commands.add_parser(
+        "check",
+        help="hold every backend and instruction set against the reference",
+        description="Hold every operation of every backend and instruction set of this machine "
+        "against the NumPy reference; exit with 1 on a disagreement.  The first run compiles the "
+        "Numba kernels, which takes a few minutes; later ones less than a minute.",
+    )
+    check.set_defaults(run=_check)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure against copy and read, and against other libraries",
+        description="Time and error of the backends and of installed peers, beside a parallel "
+        "copy and read of the same arrays.  Lists are separated by commas.",
+    )
+    bench.set_defaults(run=_bench)
+    add = bench.add_argument
+    add("--backend", type=_list, help="default: all that work here")
+    add("--shapes", type=_list, help="such as 1024x32000 or, with the axis, 8x21x512x512@1")
+    add("--dtype", type=_list, default=["float32"], help="default: float32")
+    add("--operation", type=_list, help="or all; default: four without options")
+    add("--num-threads", type=int, default=fl.get_num_threads(), help="default: %(default)s")
+    add("--peers", type=_list, help="or none; default: all that are installed")
+    add("--json", type=Path, metavar="FILE", help="write what was measured")
+    add("--plot", type=Path, metavar="FILE", help="draw time over limit against C (svg, png, pdf)")
+    add("--quick", action="store_true", help="seconds instead of minutes: small shapes, few calls")
+    add(
+        "--sweep",
+        action="store_true",
+        help="also C from 1 to 200,000 at N x C = 2**25, and N from 1 to 2**22 at fixed C, of the "
+        "first operation and dtype",
+    )
+    return parser
+
+
+def _list(text: str) -> list[str]:
+    return [item for item in text.split(",") if item]
+
+
+def _chosen(option: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{option} {name!r} is not one of {', '.join(known)}")
+    return list(names)
+
+
+def _info(options: argparse.Namespace) -> int:
+    fl.show_config()
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from fastloss import _check as check
+
+    backends, missing = check.backends()
+    for reason in missing.values():
+        print(f"not checked: {reason}")
+    print("largest difference from the reference, as a share of what is allowed")
+    print(f"{'operation':<24}{'dtype':<10}" + "".join(f"{name:>20}" for name in backends))
+    complaints = []
+    for outcome in check.run(backends):
+        shares = "".join(f"{share:>20.3g}" for share in outcome.worst.values())
+        print(f"{outcome.operation:<24}{outcome.dtype:<10}{shares}", flush=True)
+        complaints += [
+            f"{name} disagrees: {outcome.operation}, {outcome.dtype}: {outcome.where[name]}"
+            for name in outcome.disagreeing
+        ]
+    print(*complaints or [f"{len(backends)} builds agree with the reference"], sep="\n")
+    return 1 if complaints or not backends else 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from fastloss import _bench as bench
+    from fastloss import _peers as peers
+    from fastloss import _report
+
+    console = bench.need("rich.console").Console()
+    progress = bench.need("rich.progress").Progress(
+        console=bench.need("rich.console").Console(stderr=True)
+    )
+    if options.plot:
+        bench.need("matplotlib")
+    if options.num_threads < 1:
+        raise argparse.ArgumentTypeError("--num-threads is at least 1")
+    backends = options.backend or fl.available_backends()
+    for name in _chosen("--backend", backends, ("cython", "numba", "numpy")):
+        fl._backend.resolve(name)
+    names = _chosen("--peers", options.peers or peers.installed(), ("none", *peers.PEERS))
+    names = [name for name in names if name != "none"]
+    peers.require(names)
+    cases = _cases(options)
+
+    effort = bench.QUICK if options.quick else bench.FULL
+    report: dict[str, Any] = bench.environment(options.num_threads, peers.packages(names))
+    report["results"] = []
+    with peers.Workers(names, options.num_threads) as workers, progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=str(case))
+            result = bench.measure(case, backends, workers.contenders, options.num_threads, effort)
+            report["results"].append(result)
+            if options.json:  # after each case: an interrupted run leaves what it has
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
+            progress.advance(task)
+
+    console.width = max(console.width, 140)
+    console.print(_report.table(report))
+    console.print(*(f"cliff: {step}" for step in _report.cliffs(report)), sep="\n")
+    if options.plot:
+        _report.plot(report, options.plot)
+    return 0
+
+
+def _cases(options: argparse.Namespace) -> list[Any]:
+    from fastloss import _bench as bench
+
+    operations = options.operation or list(bench.DEFAULT_OPERATIONS)
+    if operations == ["all"]:
+        operations = list(bench.OPERATIONS)
+    _chosen("--operation", operations, bench.OPERATIONS)
+    for dtype in _chosen("--dtype", options.dtype, bench.DTYPES):
+        bench.as_dtype(dtype)
+    try:
+        shapes = options.shapes or (bench.QUICK_SHAPES if options.quick else bench.SHAPES)
+        shapes = [bench.parse_shape(text) for text in shapes]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"--shapes {error}") from None
+    cases = [
+        bench.Case(operation, shape, axis, dtype)
+        for dtype in options.dtype
+        for operation in operations
+        for shape, axis in shapes
+    ]
+    if options.sweep:
+        elements = 1 << (14 if options.quick else 25)
+        cases += [
+            bench.Case(operations[0], shape, 1, options.dtype[0], series)
+            for shape, series in bench.sweep(elements)
+        ]
+    return cases
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""Does every backend, on every instruction set that works here, agree with the reference?
+
+Kernels are called as ``functional`` calls them and with the same arrays as the reference: over
+shapes that reach every layout, on one thread and on two, in place and not, with each option.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastloss import _backend, _reference
+from fastloss._bench import as_dtype, ulp
+
+CLASSES = (1, 2, 3, 17, 64, 65, 1000, 3000)
+_IGNORED = -100
+_SCALE = 0.37  # the factor on the gradients: any number that is not a power of two
+_MAX_GAP = 200.0  # a probability so far below the maximum is 0 in float32
+
+_MAPS = ("softmax", "log_softmax", "logsumexp")
+_BACKWARD = {"softmax_backward": "probs", "log_softmax_backward": "log_probs"}
+_OPTIONS: dict[str, dict[str, Any]] = {  # weighted, label_smoothing, z_loss
+    "cross_entropy": {},
+    "cross_entropy weighted": {"weighted": True},
+    "cross_entropy smoothed": {"weighted": True, "label_smoothing": 0.1},
+    "cross_entropy z_loss": {"z_loss": 0.01},
+    "cross_entropy_soft": {},
+    "cross_entropy_soft all": {"weighted": True, "label_smoothing": 0.1, "z_loss": 0.01},
+    "nll_loss": {},
+    "nll_loss weighted": {"weighted": True},
+}
+OPERATIONS = (*_MAPS, *_BACKWARD, "check_target", *_OPTIONS)
+
+Arrays = dict[str, np.ndarray]
+
+
+class Outcome(NamedTuple):
+    """All comparisons of one operation in one dtype: by backend, the worst and its place."""
+
+    operation: str
+    dtype: str
+    worst: Mapping[str, float]  # the largest error as a share of what is allowed
+    where: Mapping[str, str]
+
+    @property
+    def disagreeing(self) -> list[str]:
+        return [backend for backend, share in self.worst.items() if not share <= 1]
+
+
+def backends() -> tuple[dict[str, ModuleType], dict[str, str]]:
+    """The kernels to check by name, Cython's once for each instruction set; and what is missing."""
+    found: dict[str, ModuleType] = {}
+    missing: dict[str, str] = {}
+    for name in ("cython", "numba"):
+        try:
+            module = _backend.resolve(name)
+        except ImportError as error:
+            missing[name] = str(error)
+            continue
+        if name == "cython":
+            for isa in module.available_isas():
+                found[f"cython {isa}"] = importlib.import_module(module._BUILDS[isa][0])
+        else:
+            found[name] = module
+    return found, missing
+
+
+def dtypes() -> list[str]:
+    names = ["float32", "float64", "float16"]
+    return names + ["bfloat16"] * (importlib.util.find_spec("ml_dtypes") is not None)
+
+
+def run(kernels: Mapping[str, ModuleType], classes: Sequence[int] = CLASSES) -> Iterator[Outcome]:
+    for dtype in dtypes():
+        problems = [
+            Problem(shape, dtype, threads, edges)
+            for num_classes in classes
+            for shape, threads, edges in _layouts(num_classes)
+        ]
+        for operation in OPERATIONS:
+            worst, where = dict.fromkeys(kernels, 0.0), dict.fromkeys(kernels, "")
+            for problem in problems:
+                expected = problem.call(_reference, operation)
+                allowed = problem.allowed(operation, expected)
+                for name, module in kernels.items():
+                    for output, got in problem.call(module, operation).items():
+                        share = _share(got, expected[output], allowed[output])
+                        if not share <= worst[name]:
+                            worst[name], where[name] = share, f"{output} of {problem}"
+            yield Outcome(operation, dtype, worst, where)
+
+
+def _layouts(num_classes: int) -> Iterator[tuple[tuple[int, int, int], int, bool]]:
+    """(outer, C, inner), threads, edges: classes last and inner, more rows than fill a tile."""
+    small = num_classes < 1000
+    yield (150 if small else 19, num_classes, 1), 2, False
+    yield (2, num_classes, 70 if small else 5), 2, False
+    yield (5, num_classes, 1), 1, True
+
+
+def _share(got: np.ndarray, expected: np.ndarray, allowed: np.ndarray) -> float:
+    """The largest error over what is allowed; infinite where only one of the two is finite."""
+    got, expected = got.astype(np.float64), expected.astype(np.float64)
+    special = ~np.isfinite(expected)
+    if not np.array_equal(got[special], expected[special], equal_nan=True):
+        return np.inf
+    error = np.abs(got[~special] - expected[~special])
+    return float((error / allowed[~special]).max(initial=0.0))
+
+
+class Problem:
+    """Inputs of one shape and dtype in the normal form of the kernels."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: str, threads: int, edges: bool) -> None:
+        self.shape, self.rows = shape, (shape[0], shape[2])
+        self.dtype, self.threads, self.edges = as_dtype(dtype), threads, edges
+        self.real = np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+        rng = np.random.default_rng(shape)
+        self.logits = self._floats(rng.normal(0, 3, shape))
+        self.grad_output = self._floats(rng.normal(0, 1, shape))
+        self.probs, self.log_probs = np.empty((2, *shape), self.dtype)
+        reference: Any = _reference
+        reference.softmax(self.logits, self.probs, 1)
+        reference.log_softmax(self.logits, self.log_probs, 1)
+        self.soft_target = self._floats(rng.dirichlet(np.ones(shape[1]), self.rows)).swapaxes(1, 2)
+        self.soft_target = np.ascontiguousarray(self.soft_target)
+        self.target = rng.integers(0, shape[1], self.rows)
+        self.target[-1, -1] = _IGNORED
+        self.weight = rng.uniform(0, 2, shape[1])
+        self.sample_weight = rng.uniform(0, 2, self.rows)
+        self.sample_weight[0, -1] = 0
+        if edges:
+            self._put_edges()
+
+    def _floats(self, values: np.ndarray) -> np.ndarray:
+        return values.astype(self.dtype)
+
+    def _put_edges(self) -> None:
+        """A row each of NaN, +inf, nothing but -inf, one -inf; the last row is ignored."""
+        x = self.logits
+        x[0, 0], x[1, -1], x[2], x[3, 0], x[4, 0] = np.nan, np.inf, -np.inf, -np.inf, np.nan
+
+    def __str__(self) -> str:
+        return f"(outer, C, inner) = {self.shape}{' with NaN and inf' * self.edges}"
+
+    def call(self, kernels: ModuleType, operation: str) -> Arrays:
+        """The outputs of one operation by name."""
+        if operation == "check_target":
+            return self._check_target(kernels)
+        if operation in _MAPS:
+            return self._map(getattr(kernels, operation), self.logits)
+        if operation in _BACKWARD:
+            forward = getattr(self, _BACKWARD[operation])
+            return self._map(getattr(kernels, operation), self.grad_output, forward)
+        return self._loss(kernels, operation)
+
+    def _check_target(self, kernels: ModuleType) -> Arrays:
+        check = functools.partial(kernels.check_target, num_threads=self.threads)
+        bad = self.target.copy()
+        bad[-1, 0] = self.shape[1]
+        common = (self.shape[1], _IGNORED)
+        return {
+            "count": np.array(check(self.target, None, None, *common)),
+            "sum of weights": np.array(
+                check(self.target, self.weight, self.sample_weight, *common)
+            ),
+            "out of range": np.array(check(bad, None, None, *common)[0]),
+        }
+
+    def _map(self, function: Any, *inputs: np.ndarray) -> Arrays:
+        if function.__name__ == "logsumexp":
+            out = np.empty(self.rows, self.dtype)
+            function(*inputs, out, self.threads)
+            return {"result": out}
+        out, same = np.empty(self.shape, self.dtype), inputs[-1].copy()
+        function(*inputs, out, self.threads)
+        function(*inputs[:-1], same, same, self.threads)
+        return {"result": out, "result in place": same}
+
+    def _loss(self, kernels: ModuleType, operation: str) -> Arrays:
+        name, options = operation.split()[0], _OPTIONS[operation]
+        arguments: list[Any] = [self.soft_target if name.endswith("soft") else self.target]
+        arguments += [self.weight, self.sample_weight] if "weighted" in options else [None, None]
+        arguments += [] if name.endswith("soft") else [_IGNORED]
+        if name != "nll_loss":
+            arguments += [options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)]
+        scores = self.log_probs if name == "nll_loss" else self.logits
+
+        losses, alone = np.empty((2, *self.rows), self.real)
+        grad, same = np.empty(self.shape, self.dtype), scores.copy()
+        kernel = getattr(kernels, name)
+        total = kernel(scores, *arguments, _SCALE, losses, grad, self.threads)
+        kernel(same, *arguments, _SCALE, None, same, self.threads)
+        kernel(scores, *arguments, 1.0, alone, None, self.threads)
+        return {
+            "losses": losses, "losses without gradient": alone, "sum": np.array([total]),
+            "gradient": grad, "gradient in place": same,
+        }  # fmt: skip
+
+    def allowed(self, operation: str, expected: Arrays) -> Arrays:
+        """The largest error of each output: that of the arithmetic, and the rounding at the end."""
+        with np.errstate(all="ignore"):
+            return {
+                output: self._arithmetic(operation, output, value.astype(np.float64))
+                + self._rounding(value)
+                for output, value in expected.items()
+            }
+
+    def _arithmetic(self, operation: str, output: str, expected: np.ndarray) -> Any:
+        unit = 1e-14 if self.real == np.float64 else 1e-6
+        size = np.abs(expected)
+        x = self.logits.astype(np.float64)
+        m = x.max(axis=1, keepdims=True)
+        gap = np.nan_to_num(m - x, nan=_MAX_GAP, posinf=_MAX_GAP).clip(0, _MAX_GAP)
+        if operation in ("softmax", "log_softmax"):
+            return unit * (1 + gap / 10) * size
+        if operation == "logsumexp":  # m + log(s) may cancel
+            return unit * np.maximum(size, np.abs(m[:, 0]))
+        if operation in _BACKWARD:  # so may the difference there
+            g, p = np.abs(self.grad_output.astype(np.float64)), self.probs.astype(np.float64)
+            if operation == "softmax_backward":
+                bound = p * (g + (g * p).sum(axis=1, keepdims=True))
+            else:
+                bound = g + p * g.sum(axis=1, keepdims=True)
+            return unit * np.broadcast_to(bound.max(axis=1, keepdims=True), size.shape)
+        if output.startswith("gradient"):
+            return 2 * unit * np.broadcast_to(size.max(axis=1, keepdims=True), size.shape)
+        if output.startswith("losses"):
+            return unit * (1 + gap.max(axis=1) / 10) * size
+        return unit * (1 + gap.max() / 10) * size  # sums and counts
+
+    def _rounding(self, value: np.ndarray) -> np.ndarray:
+        """One ulp in the half types, which are rounded from float32; else a subnormal's."""
+        finite = np.nan_to_num(value.astype(np.float64), posinf=0, neginf=0)
+        return ulp(finite if value.dtype.itemsize == 2 else np.zeros(value.shape), value.dtype)

@@ -1,0 +1,212 @@
+"""What others offer for loss and gradient, each in a process of its own.
+
+There its thread pool does not spin beside those of the others, its allocator can be set up (glibc
+reads that when a process starts), and the thread count holds for it alone.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastloss import _bench
+
+_KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+
+
+class Peer(NamedTuple):
+    module: str  # to import
+    package: str  # to install
+    bind: Callable[[_bench.Data, int], tuple[Callable[[], Any], Callable[[Any], _bench.Result]]]
+    supports: Callable[[_bench.Case], bool]
+    environment: Mapping[str, str] = {}
+
+
+def _torch(data: _bench.Data, threads: int) -> Any:
+    """Cross-entropy and backward, as in a training step: the gradient starts at None."""
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(threads)
+
+    def tensor(array: np.ndarray) -> Any:
+        if array.dtype.name == "bfloat16":  # which torch does not read from NumPy
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    logits = tensor(data.logits).requires_grad_()
+    target = torch.from_numpy(data.target)
+    # The classes are axis 1 there: a view, as a user of torch would have it.
+    scores = logits if data.axis == 1 else logits.movedim(data.axis, 1)
+
+    def call() -> Any:
+        logits.grad = None
+        loss = torch.nn.functional.cross_entropy(scores, target)
+        loss.backward()
+        return loss
+
+    def result(loss: Any) -> _bench.Result:
+        return float(loss.detach()), logits.grad.to(torch.float64).numpy()
+
+    return call, result
+
+
+def _jax(data: _bench.Data, threads: int) -> Any:
+    """Jitted value and gradient of the mean of lse - x_y."""
+    jax = importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", data.dtype == np.float64)
+    numpy, axis = jax.numpy, data.axis
+
+    def mean_loss(logits: Any, target: Any) -> Any:
+        target_logit = numpy.take_along_axis(logits, numpy.expand_dims(target, axis), axis)
+        lse = jax.nn.logsumexp(logits, axis)
+        return numpy.mean(lse - numpy.squeeze(target_logit, axis))
+
+    function = jax.jit(jax.value_and_grad(mean_loss))
+    logits, target = numpy.asarray(data.logits), numpy.asarray(data.target.astype(np.int32))
+
+    def call() -> Any:
+        return jax.block_until_ready(function(logits, target))
+
+    def result(value_and_grad: Any) -> _bench.Result:
+        loss, grad = value_and_grad
+        return float(loss), np.asarray(grad)
+
+    return call, result
+
+
+def _sklearn(data: _bench.Data, threads: int) -> Any:
+    """Losses and gradients of the rows, into the caller's arrays; their mean is not timed."""
+    loss_module = importlib.import_module("sklearn._loss")
+    function = loss_module.HalfMultinomialLoss(n_classes=data.shape[1])
+    arrays = {
+        "y_true": data.target.astype(data.dtype),
+        "raw_prediction": data.logits,
+        "loss_out": np.empty(data.shape[0], data.dtype),
+        "gradient_out": data.out,
+    }
+
+    def call() -> Any:
+        return function.loss_gradient(**arrays, n_threads=threads)
+
+    def result(losses_and_gradients: Any) -> _bench.Result:
+        losses, gradients = losses_and_gradients
+        return float(losses.mean(dtype=np.float64)), gradients / data.normalizer
+
+    return call, result
+
+
+def _plain(case: _bench.Case) -> bool:
+    return case.operation == "cross_entropy_with_grad"
+
+
+def _real_rows(case: _bench.Case) -> bool:
+    """float32 and float64, at least three classes, and those last: what scikit-learn takes."""
+    last = len(case.shape) == 2 and case.axis == 1
+    return _plain(case) and last and case.num_classes > 2 and case.dtype in ("float32", "float64")
+
+
+PEERS = {
+    "torch": Peer("torch", "torch", _torch, _plain),
+    "torch-malloc": Peer("torch", "torch", _torch, _plain, _KEEP),
+    "jax": Peer("jax", "jax", _jax, _plain),
+    "sklearn": Peer("sklearn", "scikit-learn", _sklearn, _real_rows),
+}
+
+
+def installed() -> list[str]:
+    return [name for name, peer in PEERS.items() if importlib.util.find_spec(peer.module)]
+
+
+def require(names: Iterable[str]) -> None:
+    for name in names:
+        if not importlib.util.find_spec(PEERS[name].module):
+            package = PEERS[name].package
+            raise ImportError(f"peer {name!r} is not installed; run `pip install {package}`")
+
+
+def packages(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(PEERS[name].package for name in names))
+
+
+class Workers:
+    """A process for each peer, for as long as the `with` block lasts."""
+
+    def __init__(self, names: Sequence[str], num_threads: int) -> None:
+        self._names, self._num_threads = names, num_threads
+        self._pools: dict[str, ProcessPoolExecutor] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Workers":
+        context = multiprocessing.get_context("spawn")
+        for name in self._names:
+            pool = ProcessPoolExecutor(1, context, _start, (self._num_threads,))
+            self._pools[name] = self._stack.enter_context(pool)
+            with _environment(PEERS[name].environment):
+                pool.submit(os.getpid).result()  # the process starts here
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def contenders(self, case: _bench.Case) -> dict[str, _bench.Contender]:
+        names = [name for name in self._names if PEERS[name].supports(case)]
+        return {name: _Remote(self._pools[name], name, case, self._num_threads) for name in names}
+
+
+class _Remote:
+    """A contender in another process."""
+
+    def __init__(
+        self, pool: ProcessPoolExecutor, name: str, case: _bench.Case, num_threads: int
+    ) -> None:
+        self._pool = pool
+        self._case = (name, case, num_threads)
+
+    def visit(self, seconds: float) -> list[float]:
+        return self._pool.submit(_visit, *self._case, seconds).result()
+
+    def sample(self, rows: np.ndarray) -> _bench.Result:
+        return self._pool.submit(_sample, *self._case, rows).result()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# In the worker process:
+
+
+def _start(num_threads: int) -> None:
+    """JAX has no thread count: it takes the CPUs that it may run on."""
+    if hasattr(os, "sched_setaffinity"):
+        cpus = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cpus[:num_threads])
+
+
+@functools.lru_cache(maxsize=1)
+def _bound(name: str, case: _bench.Case, threads: int) -> Any:
+    return PEERS[name].bind(_bench.Data(case.shape, case.axis, case.dtype), threads)
+
+
+def _visit(name: str, case: _bench.Case, threads: int, seconds: float) -> list[float]:
+    call, _ = _bound(name, case, threads)
+    return _bench.visit(call, seconds)
+
+
+def _sample(name: str, case: _bench.Case, threads: int, rows: np.ndarray) -> _bench.Result:
+    call, result = _bound(name, case, threads)
+    loss, array = result(call())
+    return loss, None if array is None else _bench.pick(array, case.axis, rows)
