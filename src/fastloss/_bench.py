@@ -209,6 +209,8 @@ class Operation(NamedTuple):
     copies: int
     reads: int
     run: Callable[..., Result]  # (data, backend=, num_threads=)
+    # Where the result is a difference that may vanish: the terms, by which errors are judged.
+    terms: Callable[[Data], np.ndarray] | None = None
 
     def limit(self, copy: float, read: float) -> float:
         return self.copies * copy + self.reads * read
@@ -245,22 +247,31 @@ def _with_grad(
     return run
 
 
-_WEIGHTED = _with_grad(options=lambda data: {"weight": data.weight, "label_smoothing": 0.1})
+_SMOOTHING = 0.1
+_WEIGHTED = _with_grad(options=lambda data: {"weight": data.weight, "label_smoothing": _SMOOTHING})
+_Z_LOSS = _with_grad(options=lambda data: {"z_loss": 1e-4})
 OPERATIONS = {
     "softmax": Operation(1, 0, _map(fl.softmax, "logits")),
     "log_softmax": Operation(1, 0, _map(fl.log_softmax, "logits")),
     "cross_entropy": Operation(0, 1, _loss),
     "cross_entropy_with_grad": Operation(1, 0, _with_grad()),
-    "cross_entropy_with_grad+weighted": Operation(1, 0, _WEIGHTED),
-    "cross_entropy_with_grad+z_loss": Operation(
-        1, 0, _with_grad(options=lambda data: {"z_loss": 1e-4})
+    "cross_entropy_with_grad+weighted": Operation(
+        1, 0, _WEIGHTED,
+        lambda data: _SMOOTHING * data.weight[None] / data.weight.size / data.normalizer,
     ),
-    "cross_entropy_with_grad+soft": Operation(1, 1, _with_grad("probabilities")),
-    "softmax_backward": Operation(1, 1, _map(fl.softmax_backward, "grad_output", "probs")),
+    "cross_entropy_with_grad+z_loss": Operation(1, 0, _Z_LOSS),
+    "cross_entropy_with_grad+soft": Operation(
+        1, 1, _with_grad("probabilities"), lambda data: data.probabilities / data.normalizer
+    ),
+    "softmax_backward": Operation(
+        1, 1, _map(fl.softmax_backward, "grad_output", "probs"),
+        lambda data: data.grad_output * data.probs,
+    ),
     "log_softmax_backward": Operation(
-        1, 1, _map(fl.log_softmax_backward, "grad_output", "log_probs")
+        1, 1, _map(fl.log_softmax_backward, "grad_output", "log_probs"),
+        lambda data: data.grad_output,
     ),
-}
+}  # fmt: skip
 DEFAULT_OPERATIONS = ("cross_entropy_with_grad", "cross_entropy", "softmax", "log_softmax")
 
 
@@ -424,31 +435,44 @@ def sample_rows(case: Case) -> np.ndarray:
     return np.linspace(0, case.rows - 1, count).astype(np.intp)
 
 
-def exact(case: Case, data: Data, rows: np.ndarray) -> Result:
-    """What the reference makes of the same inputs in float64: the whole loss, some rows."""
-    run = functools.partial(OPERATIONS[case.operation].run, backend="numpy", num_threads=1)
-    _, array = run(data.sample(rows))
-    if not case.operation.startswith("cross_entropy"):
-        return None, array
-    step = max(1, _CHUNK_ELEMENTS // case.num_classes)
-    chunks = (np.arange(i, min(i + step, case.rows)) for i in range(0, case.rows, step))
-    return math.fsum(run(data.sample(chunk))[0] or 0.0 for chunk in chunks), array
+class Expected(NamedTuple):
+    """What the reference makes of the same inputs in float64."""
+
+    loss: float | None  # of all rows
+    array: np.ndarray | None  # some rows
+    size: np.ndarray | None  # of each of these, the largest entry or term
 
 
-def errors_in_ulp(got: Result, expected: Result, dtype: np.dtype) -> dict[str, float | None]:
-    """Of the loss; and of the array, each row's largest error in ulp of its largest entry.
+def exact(case: Case, data: Data, rows: np.ndarray) -> Expected:
+    operation = OPERATIONS[case.operation]
+    run = functools.partial(operation.run, backend="numpy", num_threads=1)
+    sample = data.sample(rows)
+    loss, array = run(sample)
+    size = None
+    if array is not None:
+        size = np.abs(array).max(axis=1)
+        if operation.terms:
+            size = np.maximum(size, np.abs(operation.terms(sample)).max(axis=1))
+    if loss is not None:
+        step = max(1, _CHUNK_ELEMENTS // case.num_classes)
+        chunks = (np.arange(i, min(i + step, case.rows)) for i in range(0, case.rows, step))
+        loss = math.fsum(run(data.sample(chunk))[0] or 0.0 for chunk in chunks)
+    return Expected(loss, array, size)
+
+
+def errors_in_ulp(got: Result, expected: Expected, dtype: np.dtype) -> dict[str, float | None]:
+    """Of the loss; and of the array, each row's largest error in ulp of its size.
 
     A loss is a Python float, whatever the dtype: it is judged by that of the logits, float32 for
     the half types.
     """
     loss = array = None
-    if got[0] is not None and expected[0] is not None:
+    if got[0] is not None and expected.loss is not None:
         real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-        loss = float(abs(got[0] - expected[0]) / ulp(np.asarray(expected[0]), real))
-    if got[1] is not None and expected[1] is not None:
-        largest = np.abs(expected[1]).max(axis=1)
-        error = np.abs(got[1] - expected[1]).max(axis=1)
-        array = float((error / ulp(largest, dtype)).max())
+        loss = float(abs(got[0] - expected.loss) / ulp(np.asarray(expected.loss), real))
+    if got[1] is not None and expected.array is not None and expected.size is not None:
+        error = np.abs(got[1] - expected.array).max(axis=1)
+        array = float((error / ulp(expected.size, dtype)).max())
     return {"loss_ulp": loss, "array_ulp": array}
 
 
@@ -456,8 +480,8 @@ def ulp(value: np.ndarray, dtype: np.dtype) -> Any:
     """The distance between neighbouring numbers of the dtype at a value."""
     finfo: Any = np.finfo if dtype.kind == "f" else need("ml_dtypes").finfo
     limits = finfo(dtype)
-    exponent = np.maximum(np.frexp(value)[1] - 1, limits.minexp)
-    return np.ldexp(1.0, exponent - limits.nmant)
+    normal = np.maximum(np.abs(value.astype(np.float64)), float(limits.smallest_normal))
+    return np.ldexp(1.0, np.frexp(normal)[1] - 1 - limits.nmant)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ class Problem:
             "sum of weights": np.array(
                 check(self.target, self.weight, self.sample_weight, *common)
             ),
-            "out of range": np.array(check(bad, None, None, *common)[0]),
+            "out of range": np.array(check(bad, None, None, *common)[0], np.float64),
         }
 
     def _map(self, function: Any, *inputs: np.ndarray) -> Arrays:
@@ -228,12 +228,14 @@ class Problem:
                 bound = g + p * g.sum(axis=1, keepdims=True)
             return unit * np.broadcast_to(bound.max(axis=1, keepdims=True), size.shape)
         if output.startswith("gradient"):
+            if "soft" in operation:  # and here, where p is near the target, of weight up to 4
+                size = size + 4 * _SCALE * self.soft_target.astype(np.float64)
             return 2 * unit * np.broadcast_to(size.max(axis=1, keepdims=True), size.shape)
         if output.startswith("losses"):
             return unit * (1 + gap.max(axis=1) / 10) * size
         return unit * (1 + gap.max() / 10) * size  # sums and counts
 
-    def _rounding(self, value: np.ndarray) -> np.ndarray:
+    def _rounding(self, value: np.ndarray) -> Any:
         """One ulp in the half types, which are rounded from float32; else a subnormal's."""
         finite = np.nan_to_num(value.astype(np.float64), posinf=0, neginf=0)
         return ulp(finite if value.dtype.itemsize == 2 else np.zeros(value.shape), value.dtype)

@@ -1,0 +1,184 @@
+"""Makes the README's table and the plot from the JSON file of ``python -m fastloss bench``.
+
+Prints where we lose, and writes that below the table, too.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from fastloss import _report
+from fastloss._bench import BACKENDS, format_shape
+from fastloss._peers import PEERS
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+MAIN = ("cross_entropy_with_grad", "float32")
+
+_SMALL_CALL = [32, 10]
+_SMALL_CALL_SECONDS = {"cython": 10e-6, "numba": 25e-6}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", nargs="?", type=Path, default=ROOT / "bench/results/report.json")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--plot", type=Path, help="default: beside the JSON file, as .svg")
+    options = parser.parse_args(arguments)
+    plot = options.plot or options.json.with_suffix(".svg")
+
+    report = json.loads(options.json.read_text())
+    losses = where_we_lose(report)
+    _report.plot(report, plot)
+    picture = Path(os.path.relpath(plot, options.readme.parent)).as_posix()
+    try:
+        readme = insert(options.readme.read_text(), section(report, losses, picture))
+    except ValueError as error:
+        parser.exit(2, f"{options.readme}: {error}\n")
+    options.readme.write_text(readme)
+    print(*losses or ["We lose nowhere in this run."], sep="\n")
+
+
+def insert(readme, text):
+    """The README with the text between its markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"needs the markers {BEGIN} and {END}, in this order")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def section(report, losses, picture):
+    """What stands between the markers."""
+    lines = [
+        f"Measured on {_report.heading(report)}.",
+        "",
+        "Loss and gradient, float32: the best time and, in brackets, that over a parallel copy.",
+        "",
+        *main_table(report),
+        "",
+        *others_table(report),
+        f"![Time over limit against the number of classes]({picture})",
+        "",
+        "Where we lose in this run:",
+        "",
+        *(f"- {loss}" for loss in losses or ["nowhere"]),
+    ]
+    return "\n".join(lines)
+
+
+def main_table(report):
+    results = [r for r in shapes(report) if (r["operation"], r["dtype"]) == MAIN]
+    names = [
+        name for name in _report.contenders(report) if any(name in r["contenders"] for r in results)
+    ]
+    rows = [
+        [format_shape(r["shape"], r["axis"]), _report.format_time(r["limit"]["seconds"])]
+        + [timing(r["contenders"].get(name)) for name in names]
+        for r in results
+    ]
+    rows.append(["largest error, ulp", ""] + [largest_error(results, name) for name in names])
+    return markdown(["shape", "copy", *names], rows)
+
+
+def others_table(report):
+    """The other operations and dtypes: for each shape the ratios of the two backends."""
+    results = shapes(report)
+    cases = dict.fromkeys((r["operation"], r["dtype"]) for r in results)
+    cases.pop(MAIN, None)
+    if not cases:
+        return []
+    columns = list(dict.fromkeys(format_shape(r["shape"], r["axis"]) for r in results))
+    found = {(r["operation"], r["dtype"], format_shape(r["shape"], r["axis"])): r for r in results}
+    rows = [
+        [operation, dtype] + [ratios(found.get((operation, dtype, column))) for column in columns]
+        for operation, dtype in cases
+    ]
+    text = "The other operations and types: time over the limit of each, Cython / Numba."
+    return [text, "", *markdown(["operation", "dtype", *columns], rows), ""]
+
+
+def shapes(report):
+    return [result for result in report["results"] if result["series"] == "shapes"]
+
+
+def timing(entry):
+    if not entry or "error" in entry:
+        return "-"
+    return f"{_report.format_time(entry['best'])} ({entry['ratio']:.2f})"
+
+
+def ratios(result):
+    entries = [result["contenders"].get(name, {}) for name in BACKENDS] if result else []
+    return " / ".join(f"{e['ratio']:.2f}" if "ratio" in e else "-" for e in entries) or "-"
+
+
+def largest_error(results, name):
+    entries = (result["contenders"].get(name, {}) for result in results)
+    errors = [
+        e[key] for e in entries for key in ("loss_ulp", "array_ulp") if e.get(key) is not None
+    ]
+    return f"{max(errors):.2g}" if errors else "-"
+
+
+def markdown(header, rows):
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+
+
+def where_we_lose(report):
+    """Peers that are faster, targets missed, cliffs, and contenders that failed."""
+    found = []
+    for result in report["results"]:
+        case, entries = _report.case_name(result), result["contenders"]
+        for name in BACKENDS:
+            if "ratio" in (entry := entries.get(name, {})):
+                if result["series"] == "shapes":
+                    found += missed_target(result, name, entry)
+                found += faster_peers(case, name, entry, entries)
+            elif "error" in entry:
+                found.append(f"{name}: {case} failed: {entry['error']}")
+    return found + [f"cliff, {step}" for step in _report.cliffs(report)]
+
+
+def faster_peers(case, name, entry, entries):
+    for peer in PEERS:
+        best = entries.get(peer, {}).get("best")
+        if best and best < entry["best"]:
+            yield f"{name}: {case}: {peer} takes {best / entry['best']:.2f} of the time"
+
+
+def missed_target(result, name, entry):
+    case = _report.case_name(result)
+    if result["shape"] == _SMALL_CALL:
+        target = _SMALL_CALL_SECONDS[name]
+        if result["dtype"] == "float32" and entry["best"] > target:
+            time, most = (_report.format_time(t) for t in (entry["best"], target))
+            yield f"{name}: {case}: {time} (target {most})"
+        return
+    target = target_ratio(result)
+    if target and entry["ratio"] > target:
+        limit = _report.limit_name(result)
+        yield f"{name}: {case}: {entry['ratio']:.2f} x {limit} (target {target:.2f})"
+
+
+def target_ratio(result):
+    """The most that a case should take over its limit; None where nothing was promised."""
+    operation, dtype, shape = result["operation"], result["dtype"], result["shape"]
+    num_classes = shape[result["axis"]]
+    if operation.endswith("backward"):
+        return None
+    if operation == "cross_entropy":
+        return 1.4 if num_classes >= 1000 and dtype == "float32" else None
+    if dtype != "float32":
+        return {"float64": 1.15}.get(dtype, 2.0) if num_classes >= 1000 else None
+    if result["axis"] != len(shape) - 1:
+        return 1.3
+    if num_classes >= 100:
+        return 1.1 if num_classes >= 1000 else 1.4
+    return 3.0 if num_classes > 1 else None
+
+
+if __name__ == "__main__":
+    main()
