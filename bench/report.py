@@ -5,6 +5,7 @@ Prints where we lose, and writes that below the table, too.
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -128,25 +129,31 @@ def markdown(header, rows):
 
 
 def where_we_lose(report):
-    """Peers that are faster, targets missed, cliffs, and contenders that failed."""
-    found = []
+    """Targets missed, peers that are faster, cliffs, and what failed."""
+    found, faster = [], {}
     for result in report["results"]:
         case, entries = _report.case_name(result), result["contenders"]
         for name in BACKENDS:
-            if "ratio" in (entry := entries.get(name, {})):
-                if result["series"] == "shapes":
-                    found += missed_target(result, name, entry)
-                found += faster_peers(case, name, entry, entries)
-            elif "error" in entry:
+            entry = entries.get(name, {})
+            if "error" in entry:
                 found.append(f"{name}: {case} failed: {entry['error']}")
+            if "ratio" not in entry:
+                continue
+            if result["series"] == "shapes":
+                found += missed_target(result, name, entry)
+            for peer, share in faster_peers(name, entries):
+                key = f"{name}: {result['operation']} {result['dtype']}: {peer} is faster"
+                shape = format_shape(result["shape"], result["axis"])
+                faster.setdefault(key, []).append(f"{shape} ({share:.2f} of the time)")
+    found += [f"{key} at {', '.join(places)}" for key, places in faster.items()]
     return found + [f"cliff, {step}" for step in _report.cliffs(report)]
 
 
-def faster_peers(case, name, entry, entries):
+def faster_peers(name, entries):
     for peer in PEERS:
-        best = entries.get(peer, {}).get("best")
-        if best and best < entry["best"]:
-            yield f"{name}: {case}: {peer} takes {best / entry['best']:.2f} of the time"
+        share = entries.get(peer, {}).get("best", math.inf) / entries[name]["best"]
+        if share < 1:
+            yield peer, share
 
 
 def missed_target(result, name, entry):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rich.console
 
 import fastloss as fl
 from fastloss import _bench, _check, _peers, _report
@@ -152,7 +153,7 @@ def test_check_without_any_backend_is_no_success(monkeypatch, capsys):
 def quick(tmp_path_factory):
     """The report of one quick run, with one peer, and the plot's path."""
     folder = tmp_path_factory.mktemp("bench")
-    paths = folder / "report.json", folder / "report.svg"
+    paths = folder / "new" / "report.json", folder / "report.svg"
     status = main(
         [
             "bench", "--quick", "--operation", "all", "--shapes", "40x70,3x5x4@1",
@@ -331,6 +332,23 @@ def test_everything_is_visited_in_turn():
     assert errors == {"b": "MemoryError: too large"}
 
 
+def test_a_contender_that_fails_does_not_end_the_run():
+    class Failing:
+        def visit(self, seconds):
+            return [1.0]
+
+        def sample(self, rows):
+            raise RuntimeError("no result")
+
+    case = _bench.Case("softmax", (6, 5), 1, "float32")
+    measured = _bench.measure(case, ["cython"], lambda case: {"x": Failing()}, 1, _bench.QUICK)
+    assert measured["contenders"]["x"] == {"error": "RuntimeError: no result"}
+    assert measured["contenders"]["cython"]["best"] > 0
+    console = rich.console.Console(record=True, width=140)
+    console.print(_report.table({"results": [measured], **REPORT_HEAD}))
+    assert "RuntimeError: no result" in console.export_text()
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_ulp_is_the_spacing(dtype):
     values = np.array([0.0, 1.0, 1.5, 3e-5, 6e4, np.finfo(dtype).tiny], dtype)
@@ -418,9 +436,12 @@ def result(shape, dtype="float32", operation="cross_entropy_with_grad", series="
     }  # fmt: skip
 
 
-REPORT = {
+REPORT_HEAD = {
     "date": "2030-01-02", "cpu": "A CPU", "cpus": 2, "threads": 2, "system": "Linux",
     "versions": {"python": "3.13.0", "torch": "9.9"}, "config": {},
+}  # fmt: skip
+REPORT = {
+    **REPORT_HEAD,
     "results": [
         result([1024, 32000], cython=1.05, numba=1.25, torch=2.0),
         result([1000, 10], cython=2.0, numba=2.5, torch=1.5),
@@ -429,9 +450,9 @@ REPORT = {
         result([1024, 32000], "float64", cython=1.1, numba=1.2),
         result([1024, 32000], operation="cross_entropy", cython=1.3, numba=1.5),
         result([4000, 64], series="classes", cython=1.0, numba=1.0),
-        result([2000, 128], series="classes", cython=1.6, numba=1.4),
+        result([2000, 128], series="classes", cython=1.6, numba=1.4, torch=0.8),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -469,11 +490,13 @@ def test_report_prints_where_we_lose(written):
     main_case = "cross_entropy_with_grad"
     losses = [
         f"numba: {main_case} 1024x32000 float32: 1.25 x copy (target 1.10)",
-        f"cython: {main_case} 1000x10 float32: torch takes 0.75 of the time",
-        f"numba: {main_case} 1000x10 float32: torch takes 0.60 of the time",
         f"numba: {main_case} 32x10 float32: 26 us (target 25 us)",
         f"numba: {main_case} 1024x32000 float64: 1.20 x copy (target 1.15)",
         "numba: cross_entropy 1024x32000 float32: 1.50 x read (target 1.40)",
+        f"cython: {main_case} float32: torch is faster at 1000x10 (0.75 of the time), "
+        "2000x128 (0.50 of the time)",
+        f"numba: {main_case} float32: torch is faster at 1000x10 (0.60 of the time), "
+        "2000x128 (0.57 of the time)",
         f"cliff, cython: 1.00 x limit at {main_case} 4000x64 float32, 1.60 at 2000x128",
     ]
     assert printed.splitlines() == losses

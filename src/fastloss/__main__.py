@@ -118,6 +118,9 @@ def _bench(options: argparse.Namespace) -> int:
     names = [name for name in names if name != "none"]
     peers.require(names)
     cases = _cases(options)
+    for path in (options.json, options.plot):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     effort = bench.QUICK if options.quick else bench.FULL
     report: dict[str, Any] = bench.environment(options.num_threads, peers.packages(names))
@@ -132,7 +135,8 @@ def _bench(options: argparse.Namespace) -> int:
                 options.json.write_text(json.dumps(report, indent=1) + "\n")
             progress.advance(task)
 
-    console.width = max(console.width, 140)
+    if not console.is_terminal:
+        console.width = 140
     console.print(_report.table(report))
     console.print(*(f"cliff: {step}" for step in _report.cliffs(report)), sep="\n")
     if options.plot:

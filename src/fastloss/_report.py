@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastloss._bench import format_shape, need
+from fastloss._bench import BACKENDS, format_shape, need
 
 Report = Mapping[str, Any]
 
@@ -86,10 +86,10 @@ def series(report: Report, name: str, operation: str, dtype: str) -> list[Mappin
 
 
 def cliffs(report: Report) -> list[str]:
-    """Steps between neighbours of a sweep, at which the time over the limit jumps."""
+    """Steps between neighbours of a sweep, at which our time over the limit jumps."""
     found = []
     for points in _sweeps(report):
-        for name, (a, b) in itertools.product(contenders(report), itertools.pairwise(points)):
+        for name, (a, b) in itertools.product(BACKENDS, itertools.pairwise(points)):
             before, after = (point["contenders"].get(name, {}).get("ratio") for point in (a, b))
             if before and after and max(before / after, after / before) > _CLIFF:
                 found.append(
