@@ -59,6 +59,6 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[SUMMARY]
     if not rows:
         return
-    terminalreporter.section("time over the limit, measured in turn with it")
+    terminalreporter.section("time over the limit, measured just before and after")
     for row in (COLUMNS, *rows):
         terminalreporter.write_line("{:>8} {:>8} {:>10} {:>24}  {}".format(*row))
