@@ -14,7 +14,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--backend",
         action="append",
-        choices=(*_bench.BACKENDS, "numpy", "all"),
+        choices=(*_bench.CHOICES, "all"),
         help="measure this backend; may be repeated (default: all, which is cython and numba)",
     )
     group.addoption(

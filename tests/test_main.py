@@ -231,14 +231,16 @@ def test_bench_draws_every_contender(quick):
 def test_bench_runs_as_a_module(tmp_path):
     file = tmp_path / "report.json"
     done = run(
-        "bench", "--quick", "--backend", "cython", "--operation", "softmax", "--peers", "none",
+        "bench", "--quick", "--backend", "cython", "--peers", "none",
+        "--operation", "softmax,cross_entropy_with_grad",
         "--sweep", "--shapes", "8x4", "--dtype", "float64,float16", "--json", str(file),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "softmax 8x4 float64" in done.stdout
     results = json.loads(file.read_text())["results"]
     assert {r["series"] for r in results} == {"shapes", "classes", "rows"}
-    assert {r["dtype"] for r in results if r["series"] != "shapes"} == {"float64"}
+    swept = {(r["operation"], r["dtype"]) for r in results if r["series"] != "shapes"}
+    assert swept == {("cross_entropy_with_grad", "float64")}
     assert all(list(r["contenders"]) == ["cython"] for r in results)
 
 
@@ -338,15 +340,15 @@ def test_a_contender_that_fails_does_not_end_the_run():
             return [1.0]
 
         def sample(self, rows):
-            raise RuntimeError("no result")
+            raise RuntimeError("no [/result]")
 
     case = _bench.Case("softmax", (6, 5), 1, "float32")
     measured = _bench.measure(case, ["cython"], lambda case: {"x": Failing()}, 1, _bench.QUICK)
-    assert measured["contenders"]["x"] == {"error": "RuntimeError: no result"}
+    assert measured["contenders"]["x"] == {"error": "RuntimeError: no [/result]"}
     assert measured["contenders"]["cython"]["best"] > 0
     console = rich.console.Console(record=True, width=140)
     console.print(_report.table({"results": [measured], **REPORT_HEAD}))
-    assert "RuntimeError: no result" in console.export_text()
+    assert "RuntimeError: no [/result]" in console.export_text()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--backend", type=_list, help="default: all that work here")
     add("--shapes", type=_list, help="such as 1024x32000 or, with the axis, 8x21x512x512@1")
     add("--dtype", type=_list, default=["float32"], help="default: float32")
-    add("--operation", type=_list, help="or all; default: four without options")
+    add("--operation", type=_list, help="or all; default: losses and softmaxes without options")
     add("--num-threads", type=int, default=fl.get_num_threads(), help="default: %(default)s")
     add("--peers", type=_list, help="or none; default: all that are installed")
     add("--json", type=Path, metavar="FILE", help="write what was measured")
@@ -55,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--sweep",
         action="store_true",
-        help="also C from 1 to 200,000 at N x C = 2**25, and N from 1 to 2**22 at fixed C, of the "
-        "first operation and dtype",
+        help="also C from 1 to 200,000 at N x C = 2**25, and N from 1 to 2**22 at fixed C, of "
+        "cross_entropy_with_grad, or else the first operation, in the first dtype",
     )
     return parser
 
@@ -100,31 +100,40 @@ def _check(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from fastloss import _bench as bench
-    from fastloss import _peers as peers
     from fastloss import _report
 
     console = bench.need("rich.console").Console()
-    progress = bench.need("rich.progress").Progress(
-        console=bench.need("rich.console").Console(stderr=True)
-    )
     if options.plot:
         bench.need("matplotlib")
     if options.num_threads < 1:
         raise argparse.ArgumentTypeError("--num-threads is at least 1")
-    backends = options.backend or fl.available_backends()
-    for name in _chosen("--backend", backends, ("cython", "numba", "numpy")):
+    backends = _chosen("--backend", options.backend or fl.available_backends(), bench.CHOICES)
+    for name in backends:
         fl._backend.resolve(name)
-    names = _chosen("--peers", options.peers or peers.installed(), ("none", *peers.PEERS))
-    names = [name for name in names if name != "none"]
-    peers.require(names)
-    cases = _cases(options)
+    report = _measure(options, backends, _peer_names(options), _cases(options))
+
+    if not console.is_terminal:
+        console.width = 140
+    console.print(_report.table(report))
+    console.print(*(f"cliff: {step}" for step in _report.cliffs(report)), sep="\n")
+    if options.plot:
+        _report.plot(report, options.plot)
+    return 0
+
+
+def _measure(
+    options: argparse.Namespace, backends: list[str], names: list[str], cases: list[Any]
+) -> dict[str, Any]:
+    from fastloss import _bench as bench
+    from fastloss import _peers as peers
+
+    stderr = bench.need("rich.console").Console(stderr=True)
+    progress = bench.need("rich.progress").Progress(console=stderr)
     for path in (options.json, options.plot):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-
     effort = bench.QUICK if options.quick else bench.FULL
-    report: dict[str, Any] = bench.environment(options.num_threads, peers.packages(names))
-    report["results"] = []
+    report = {**bench.environment(options.num_threads, peers.packages(names)), "results": []}
     with peers.Workers(names, options.num_threads) as workers, progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
@@ -134,14 +143,16 @@ def _bench(options: argparse.Namespace) -> int:
             if options.json:  # after each case: an interrupted run leaves what it has
                 options.json.write_text(json.dumps(report, indent=1) + "\n")
             progress.advance(task)
+    return report
 
-    if not console.is_terminal:
-        console.width = 140
-    console.print(_report.table(report))
-    console.print(*(f"cliff: {step}" for step in _report.cliffs(report)), sep="\n")
-    if options.plot:
-        _report.plot(report, options.plot)
-    return 0
+
+def _peer_names(options: argparse.Namespace) -> list[str]:
+    from fastloss import _peers as peers
+
+    names = _chosen("--peers", options.peers or peers.installed(), ("none", *peers.PEERS))
+    names = [name for name in names if name != "none"]
+    peers.require(names)
+    return names
 
 
 def _cases(options: argparse.Namespace) -> list[Any]:
@@ -165,9 +176,11 @@ def _cases(options: argparse.Namespace) -> list[Any]:
         for shape, axis in shapes
     ]
     if options.sweep:
+        main = "cross_entropy_with_grad"  # what peers offer, too
+        operation = main if main in operations else operations[0]
         elements = 1 << (14 if options.quick else 25)
         cases += [
-            bench.Case(operations[0], shape, 1, options.dtype[0], series)
+            bench.Case(operation, shape, 1, options.dtype[0], series)
             for shape, series in bench.sweep(elements)
         ]
     return cases

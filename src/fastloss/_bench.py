@@ -26,6 +26,7 @@ import fastloss as fl
 from fastloss import _backend
 
 BACKENDS = ("cython", "numba")
+CHOICES = (*BACKENDS, "numpy")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 SHAPES = (
     "1024x32000", "32768x1000", "262144x100", "524288x64", "1048576x10", "4194304x2",

@@ -64,7 +64,8 @@ def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         case = ""
     for name, entry in result["contenders"].items():
         if "error" in entry:
-            yield "", name, entry["error"].splitlines()[0][:60]
+            first_line = entry["error"].splitlines()[0][:60]
+            yield "", name, need("rich.markup").escape(first_line)
             continue
         times = (format_time(entry[key]) for key in ("best", "median"))
         errors = (_number(entry[key]) for key in ("loss_ulp", "array_ulp"))
