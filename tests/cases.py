@@ -1,0 +1,307 @@
+"""The table of operation x arguments x oracle, and the shapes and dtypes it is run over.
+
+To add a loss to the suite, add its row to `CASES`: the accuracy, layout, thread, in-place and
+gradient tests are all generated from it. The tolerance comes with the oracle, see `oracles`.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import oracles
+
+import fastloss as fl
+
+IGNORED = -7  # as ignore_index, where a case has one: not the default, and not a class
+
+# ---------------------------------------------------------------------------------------------
+# Ingredients: everything that can be passed, by name, for n rows of c classes
+# ---------------------------------------------------------------------------------------------
+
+
+def _logits(rng, n, c, dtype):
+    """Rows of every temper: tame, wide, confident, nearly tied, far from 0."""
+    x = rng.normal(size=(n, c))
+    temper = np.arange(n) % 6
+    x[temper == 1] *= 10
+    x[temper == 2] *= 100
+    x[temper == 3, rng.integers(c)] += 25
+    x[temper == 4] *= 1e-3
+    x[temper == 5] += 3000
+    return x.astype(dtype)
+
+
+def _target(rng, n, c, dtype):
+    return rng.integers(0, c, n)
+
+
+def _some_ignored(rng, n, c, dtype):
+    return np.where(rng.random(n) < 0.2, IGNORED, rng.integers(0, c, n))
+
+
+def _probabilities(rng, n, c, dtype):
+    t = rng.gamma(0.5, size=(n, c)) + 1e-30
+    return (t / t.sum(axis=1, keepdims=True)).astype(dtype)
+
+
+def _weight(rng, n, c, dtype):
+    w = rng.random(c) * 2
+    w[rng.integers(c)] = 0.0 if c > 2 else 0.5
+    return w
+
+
+def _sample_weight(rng, n, c, dtype):
+    return np.where(rng.random(n) < 0.1, 0.0, rng.random(n) * 3)
+
+
+def _log_probs(rng, n, c, dtype):
+    x = rng.normal(size=(n, c)) * 4
+    return (x - np.log(np.exp(x).sum(axis=1, keepdims=True))).astype(dtype)
+
+
+INGREDIENTS: dict[str, Callable] = {
+    "logits": _logits,
+    "log_probs": _log_probs,
+    "probs": _probabilities,
+    "grad_output": lambda rng, n, c, dtype: rng.normal(size=(n, c)).astype(dtype),
+    "target": _target,
+    "target, some ignored": _some_ignored,
+    "target, probabilities": _probabilities,
+    "weight": _weight,
+    "sample_weight": _sample_weight,
+}
+
+# ---------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    name: str
+    function: Callable  # the public function; its namesake in oracles is what it must equal
+    inputs: tuple[str, ...]  # ingredients, positional
+    arrays: tuple[str, ...] = ()  # ingredients, by keyword
+    options: Mapping = MappingProxyType({})
+
+    @property
+    def oracle(self):
+        return getattr(oracles, self.function.__name__)
+
+    @property
+    def returns(self):
+        """The kinds of what it returns: an array like the logits, one like the rows, a float."""
+        reduced = "rows" if self.options.get("reduction") == "none" else "float"
+        return {
+            "softmax": ("logits",),
+            "log_softmax": ("logits",),
+            "logsumexp": ("rows",),
+            "softmax_backward": ("logits",),
+            "log_softmax_backward": ("logits",),
+            "cross_entropy": (reduced,),
+            "nll_loss": (reduced,),
+        }.get(self.function.__name__, (reduced, "logits"))
+
+    @property
+    def is_loss(self):
+        return self.function.__name__.startswith(("cross_entropy", "nll_loss"))
+
+    def problem(self, n, c, dtype):
+        return _problem(self.inputs + self.arrays, n, c, np.dtype(dtype).name)
+
+    def call(self, layout, problem, *, out=None, **options):
+        """Run it on rows in a layout; give the results back as rows."""
+        arrays = [layout.arrange(array) for array in problem]
+        before = [array.tobytes() for array in arrays]
+        keywords = dict(zip(self.arrays, arrays[len(self.inputs) :], strict=True))
+        if out is not None:
+            options["out"] = out
+        results = self.function(
+            *arrays[: len(self.inputs)], axis=layout.axis, **keywords, **self.options, **options
+        )
+        if out is None:
+            assert before == [array.tobytes() for array in arrays], "an input was modified"
+        if not isinstance(results, tuple):
+            results = (results,)
+        return tuple(
+            layout.rows(result, kind) for result, kind in zip(results, self.returns, strict=True)
+        )
+
+
+_HARD, _SOFT = ("logits", "target"), ("logits", "target, probabilities")
+_NLL = ("log_probs", "target")
+_ALL = {"label_smoothing": 0.1, "z_loss": 1e-3}
+_CE, _CE_GRAD = fl.cross_entropy, fl.cross_entropy_with_grad
+
+CASES = [
+    Case("softmax", fl.softmax, ("logits",)),
+    Case("log_softmax", fl.log_softmax, ("logits",)),
+    Case("logsumexp", fl.logsumexp, ("logits",)),
+    Case("softmax_backward", fl.softmax_backward, ("grad_output", "probs")),
+    Case("log_softmax_backward", fl.log_softmax_backward, ("grad_output", "log_probs")),
+    Case("nll", fl.nll_loss, _NLL),
+    Case("nll none", fl.nll_loss, _NLL, ("weight",), {"reduction": "none"}),
+    Case("nll grad", fl.nll_loss_with_grad, _NLL),
+    Case(
+        "nll grad all", fl.nll_loss_with_grad, ("log_probs", "target, some ignored"),
+        ("weight", "sample_weight"), {"ignore_index": IGNORED},
+    ),
+    Case("loss", _CE, _HARD),
+    Case("loss none", _CE, _HARD, (), {"reduction": "none"}),
+    Case("loss smoothing", _CE, _HARD, (), {"label_smoothing": 0.1, "reduction": "none"}),
+    Case("grad", _CE_GRAD, _HARD),
+    Case("grad none", _CE_GRAD, _HARD, (), {"reduction": "none"}),
+    Case("grad sum", _CE_GRAD, _HARD, (), {"reduction": "sum"}),
+    Case("grad normalizer", _CE_GRAD, _HARD, (), {"normalizer": 12.5}),
+    Case("grad weight", _CE_GRAD, _HARD, ("weight",)),
+    Case(
+        "grad sample_weight", _CE_GRAD, ("logits", "target, some ignored"), ("sample_weight",),
+        {"ignore_index": IGNORED},
+    ),
+    Case("grad smoothing", _CE_GRAD, _HARD, (), {"label_smoothing": 0.1}),
+    Case("grad smoothing 1", _CE_GRAD, _HARD, ("weight",), {"label_smoothing": 1.0}),
+    Case("grad z_loss", _CE_GRAD, _HARD, (), {"z_loss": 0.01, "reduction": "none"}),
+    Case(
+        "grad all", _CE_GRAD, ("logits", "target, some ignored"), ("weight", "sample_weight"),
+        {"ignore_index": IGNORED, **_ALL},
+    ),
+    Case("soft loss none", _CE, _SOFT, (), {"reduction": "none"}),
+    Case("soft grad", _CE_GRAD, _SOFT),
+    Case("soft grad all", _CE_GRAD, _SOFT, ("weight", "sample_weight"), _ALL),
+]  # fmt: skip
+
+by_name = {case.name: case for case in CASES}
+
+# ---------------------------------------------------------------------------------------------
+# Where the class axis lies, and how many of everything
+# ---------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """outer x C x inner: the class axis is last where inner is 1, first where outer is 1."""
+
+    outer: int
+    num_classes: int
+    inner: int = 1
+
+    def __str__(self):
+        return "x".join(map(str, self))
+
+    @property
+    def n(self):
+        return self.outer * self.inner
+
+    @property
+    def axis(self):
+        return {1: -1}.get(self.inner, 0 if self.outer == 1 else 1)
+
+    def arrange(self, rows):
+        """From (N, C), (N,) or (C,) to what the user has."""
+        if rows.ndim == 2:
+            shaped = rows.reshape(self.outer, self.inner, self.num_classes)
+            return self._without_ones(np.ascontiguousarray(shaped.swapaxes(1, 2)), (0, 2))
+        if len(rows) == self.n != self.num_classes:
+            return self._without_ones(rows.reshape(self.outer, self.inner), (0, 1))
+        return rows
+
+    def _without_ones(self, array, axes):
+        outer, inner = axes
+        if self.inner == 1:
+            return array.squeeze(inner)
+        return array.squeeze(outer) if self.outer == 1 else array
+
+    def rows(self, result, kind):
+        """Back from the shape of a result, which is checked."""
+        if kind == "float":
+            assert type(result) is float
+            return result
+        assert type(result) is np.ndarray
+        shape = self.arrange(np.empty((self.n, self.num_classes), np.int8)).shape
+        if kind == "rows":
+            assert result.shape == tuple(np.delete(shape, self.axis))
+            return result.reshape(self.n)
+        assert result.shape == shape
+        return (
+            result.reshape(self.outer, self.num_classes, self.inner)
+            .swapaxes(1, 2)
+            .reshape(self.n, self.num_classes)
+        )
+
+
+# Around every edge there is in the kernels: one row, tiles, blocks, groups, units, threads.
+LAYOUTS = [
+    Layout(*shape)
+    for shape in [
+        (0, 3), (1, 1), (200, 1), (1, 2), (1000, 2), (1, 3), (63, 3), (129, 10), (4000, 10),
+        (513, 17), (300, 63), (300, 64), (300, 65), (1, 100), (257, 100), (17, 1000), (40, 1000),
+        (33, 1023), (33, 1024), (33, 1025), (1, 2049), (3, 32000), (1, 128256),
+        (0, 3, 4), (1, 10, 300), (1, 2, 64), (5, 10, 64), (7, 100, 3), (11, 3, 100), (70, 2, 3),
+        (3, 64, 65), (2, 1000, 33), (1, 1025, 40), (1, 32000, 3),
+    ]
+]  # fmt: skip
+
+# Few, for what is costly to run everywhere: short and long rows, tiles, more than one thread.
+SOME_LAYOUTS = [
+    Layout(*shape) for shape in [(1, 3), (129, 10), (300, 65), (3, 3000), (5, 10, 64), (2, 1030, 3)]
+]
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = [np.dtype(np.float32), np.dtype(np.float64)]
+HALVES = [np.dtype(np.float16), BFLOAT16]
+UNIT = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-14}
+INTEGERS = [np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
+
+
+@functools.lru_cache(maxsize=8)
+def _problem(ingredients, n, c, dtype):
+    dtype = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+    rng = np.random.default_rng([n, c, zlib.crc32(dtype.name.encode())])
+    return tuple(INGREDIENTS[name](rng, n, c, dtype) for name in ingredients)
+
+
+@functools.lru_cache(maxsize=8)
+def expected(case_name, layout, dtype_name):
+    """What the oracle says; cached, since every backend asks for it in turn."""
+    case = by_name[case_name]
+    arrays = _problem(case.inputs + case.arrays, layout.n, layout.num_classes, dtype_name)
+    keywords = dict(zip(case.arrays, arrays[len(case.inputs) :], strict=True))
+    return case.oracle(*arrays[: len(case.inputs)], **keywords, **case.options)
+
+
+# ---------------------------------------------------------------------------------------------
+# Comparing
+# ---------------------------------------------------------------------------------------------
+
+
+def ulp(value, dtype):
+    """The distance between neighbours of a dtype at a value."""
+    info = ml_dtypes.finfo(dtype)
+    smallest = float(info.smallest_subnormal)
+    _, exponent = np.frexp(np.abs(np.asarray(value, float)))
+    return np.maximum(np.ldexp(1.0, exponent - info.nmant - 1), smallest)
+
+
+def assert_close(actual, bounded, dtype):
+    """Hold a result of logits of a dtype against the promise for it."""
+    value = np.asarray(bounded.value)
+    actual_dtype = actual.dtype if isinstance(actual, np.ndarray) else np.dtype(np.float64)
+    unit = UNIT.get(dtype, 1e-6)
+    # A subnormal result is rounded to a multiple of the smallest one.
+    smallest = np.finfo(np.float32 if unit == 1e-6 else np.float64).smallest_subnormal
+    tolerance = unit * np.asarray(bounded.allowance) + np.longdouble(smallest)
+    if actual_dtype in HALVES:
+        tolerance = tolerance + ulp(value, actual_dtype) / 2  # rounded once more
+    error = np.abs(np.asarray(actual).astype(np.longdouble) - value)
+    with np.errstate(invalid="ignore"):
+        wrong = ~((error <= tolerance) | (np.isnan(actual) & np.isnan(value)))
+    if wrong.any():
+        ratio = np.where(wrong, error / tolerance, 0)
+        place = np.unravel_index(np.nanargmax(ratio), wrong.shape)
+        raise AssertionError(
+            f"{wrong.sum()} of {wrong.size} wrong; at {tuple(map(int, place))}: "
+            f"{np.asarray(actual)[place]!s} instead of {value[place]!s}, "
+            f"{float(ratio[place]):.3g} times the tolerance"
+        )

@@ -1,0 +1,84 @@
+"""The backend fixture: every test that asks for it runs on every backend and instruction set."""
+
+import functools
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import fastloss as fl
+from fastloss import _cython
+
+# The same verdict every time; `--hypothesis-profile=explore` looks for new examples.
+_SHARED = {
+    "deadline": None,
+    # The backend fixture changes nothing between two examples of a test.
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("fixed", derandomize=True, **_SHARED)
+settings.register_profile("explore", max_examples=2000, **_SHARED)
+settings.load_profile("fixed")
+
+COMPILED = ["numba", *(f"cython-{isa}" for isa in _cython.available_isas())]
+BACKENDS = ["numpy", *COMPILED]
+
+
+@functools.cache
+def _cython_build(isa):
+    """The Cython backend as it is imported where FASTLOSS_ISA forces an instruction set."""
+    spec = importlib.util.spec_from_file_location(_cython.__name__, _cython.__file__)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLOSS_ISA", isa)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """The name to pass as ``backend=``. A backend that is missing is an error, not a skip."""
+    name, _, isa = request.param.partition("-")
+    if isa:
+        monkeypatch.setitem(sys.modules, _cython.__name__, _cython_build(isa))
+    assert name in fl.available_backends()
+    return name
+
+
+def pytest_collection_modifyitems(items):
+    """All backends of a test after one another: the answer of its oracle is then still cached."""
+    first = {}
+
+    def place(item):
+        parameters = getattr(item, "callspec", None)
+        name = parameters.params.get("backend", "") if parameters else ""
+        return first.setdefault(item.nodeid.replace(f"[{name}", "["), len(first))
+
+    items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def _choices_undone():
+    """No test sees the backend or the threads that another one chose."""
+    yield
+    fl.set_backend(None)
+    fl.set_num_threads(None)
+
+
+@pytest.fixture
+def python():
+    """Run code in a fresh interpreter and return what it printed; environment by keyword."""
+
+    def run(code, **environment):
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("FASTLOSS", "OMP"))}
+        result = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            env=inherited | environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, f"exit {result.returncode}\n{result.stderr}"
+        return result.stdout.strip()
+
+    return run

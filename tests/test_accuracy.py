@@ -1,0 +1,176 @@
+"""Every operation against the longdouble oracle, within the promised tolerance."""
+
+import cases
+import ml_dtypes
+import mpmath
+import numpy as np
+import oracles
+import pytest
+from cases import CASES, FLOATS, HALVES, LAYOUTS, SOME_LAYOUTS, Layout, assert_close
+
+import fastloss as fl
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def check(case, layout, dtype, **options):
+    results = case.call(layout, case.problem(layout.n, layout.num_classes, dtype), **options)
+    for result, bounded in zip(results, cases.expected(case.name, layout, dtype.name), strict=True):
+        assert_close(result, bounded, dtype)
+    return results
+
+
+@every_case
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_operation(case, layout, dtype, backend):
+    for result in check(case, layout, dtype, backend=backend):
+        assert isinstance(result, float) or result.dtype == dtype
+
+
+@every_case
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", SOME_LAYOUTS, ids=str)
+def test_half_types_are_computed_in_float32_and_rounded_once(case, layout, dtype, backend):
+    halves = case.problem(layout.n, layout.num_classes, dtype)
+    results = check(case, layout, dtype, backend=backend)
+    floats = [array.astype(np.float32) if array.dtype == dtype else array for array in halves]
+    wide = case.call(layout, floats, backend=backend)
+    for result, float32, kind in zip(results, wide, case.returns, strict=True):
+        if isinstance(result, float):
+            np.testing.assert_equal(result, float32)  # NaN, where no row counts
+        elif case.is_loss and kind == "rows":
+            assert result.dtype == np.float32
+            np.testing.assert_array_equal(result, float32)
+        else:
+            assert result.dtype == dtype
+            np.testing.assert_array_equal(result, float32.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
+@pytest.mark.parametrize("layout", [*SOME_LAYOUTS, Layout(1, 128256)], ids=str)
+@pytest.mark.parametrize("name", ["grad none", "grad smoothing", "soft grad"])
+def test_gradient_rows_sum_to_zero(name, layout, dtype, backend):
+    case = cases.by_name[name]
+    problem = case.problem(layout.n, layout.num_classes, dtype)
+    if name == "soft grad":  # probabilities that sum to 1, and not nearly: powers of 2
+        target = np.zeros(problem[1].shape, dtype)
+        target[:, 0], target[:, -1] = 0.25, 0.75
+        problem = (problem[0], target)
+    _, grad = case.call(layout, problem, backend=backend)
+    grad = grad.astype(np.longdouble)
+    # Each entry is rounded by half an ulp, and a subnormal by half of the smallest.
+    info = ml_dtypes.finfo(dtype)
+    rounding = float(info.eps) * np.abs(grad).sum(axis=1)
+    rounding += layout.num_classes * np.longdouble(info.smallest_subnormal)
+    if name == "soft grad":
+        rounding += float(info.eps)  # p - t may cancel, and leaves the rounding of p
+    assert (np.abs(grad.sum(axis=1)) <= rounding).all()
+
+
+@pytest.mark.parametrize("layout", [Layout(10**6, 1), Layout(10**6, 2), Layout(10**6, 3)], ids=str)
+def test_a_million_rows(layout, backend):
+    for name in ("softmax", "grad"):
+        check(cases.by_name[name], layout, np.dtype(np.float32), backend=backend)
+
+
+def test_a_million_rows_of_ten(backend):
+    """In one call; the oracle, which is slow, looks at every 16th row."""
+    case, layout = cases.by_name["grad none"], Layout(10**6, 10)
+    x, y = case.problem(layout.n, layout.num_classes, np.float32)
+    losses, grad = case.call(layout, (x, y), backend=backend)
+    expected = oracles.cross_entropy_with_grad(x[::16], y[::16], reduction="none")
+    assert_close(losses[::16], expected[0], x.dtype)
+    assert_close(grad[::16], expected[1], x.dtype)
+
+
+def test_the_mean_over_ten_million_rows(backend):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(10**7, 2)).astype(np.float32)
+    y = rng.integers(0, 2, len(x), dtype=np.int64)
+    mean = fl.cross_entropy(x, y, backend=backend)
+    losses = fl.cross_entropy(x, y, backend=backend, reduction="none")
+    assert losses.dtype == np.float32
+    assert mean == pytest.approx(losses.mean(dtype=np.float64), rel=1e-9)
+    sample = slice(None, None, 101)
+    expected = oracles.cross_entropy(x[sample], y[sample], reduction="none")
+    assert_close(losses[sample], expected[0], x.dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_types_sum_in_float64(dtype, backend):
+    """The sum of 100,000 losses of 11 passes the largest float16, 65504."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(100_000, 10)) * 10).astype(dtype)
+    y = rng.integers(0, 10, len(x))
+    loss, grad = fl.cross_entropy_with_grad(x, y, reduction="sum", backend=backend)
+    expected_loss, expected_grad = oracles.cross_entropy_with_grad(x, y, reduction="sum")
+    assert loss > 65504
+    assert_close(loss, expected_loss, dtype)
+    assert_close(grad, expected_grad, dtype)
+    mean, grad = fl.cross_entropy_with_grad(x, y, backend=backend)
+    assert mean == pytest.approx(loss / len(x), rel=1e-12)
+    assert_close(grad, oracles.cross_entropy_with_grad(x, y)[1], dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# Small and hard, against mpmath: this holds the oracle itself, and the reference, to account
+# ---------------------------------------------------------------------------------------------
+
+HARD_ROWS = {
+    "confident": [20.0, 0.0, 0.0],
+    "very confident": [60.0, 1.0, 0.0],
+    "subnormal": [0.0, -87.0],
+    "below float32": [0.0, -200.0, -700.0],
+    "wide": [-900.0, 900.0, 0.5],
+    "tied": [3.0, 3.0, 3.0, 3.0],
+    "nearly tied": [1.0, 1.0 + 2.0**-20, 1.0 - 2.0**-20],
+    "shifted": [30000.0, 29999.0, 29990.0],
+    "tiny": [1e-30, -1e-30, 1e-38],
+    "lse near 0": [-0.6931471805599453, -0.6931471805599453],
+    "one class": [-4.0],
+}
+hard_rows = pytest.mark.parametrize("row", HARD_ROWS.values(), ids=HARD_ROWS)
+
+
+def mpmath_answers(row, y, smoothing, z_loss):
+    loss, grad = oracles.exact_cross_entropy(row, y, smoothing, z_loss)
+    to_long = lambda numbers: np.array([np.longdouble(mpmath.nstr(n, 30)) for n in numbers])  # noqa: E731
+    return (
+        to_long(oracles.exact_softmax(row)),
+        to_long(oracles.exact_log_softmax(row)),
+        to_long([oracles.exact_logsumexp(row)]),
+        to_long([loss]),
+        to_long(grad),
+    )
+
+
+@hard_rows
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.25, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_hard_rows(row, smoothing, z_loss, dtype, backend):
+    x = np.array([row], dtype)
+    options = {"label_smoothing": smoothing, "z_loss": z_loss, "reduction": "none"}
+    for y in range(len(row)):
+        target = np.array([y])
+        exact = mpmath_answers(x[0], y, smoothing, z_loss)
+        loss, grad = fl.cross_entropy_with_grad(x, target, backend=backend, **options)
+        bounds = [
+            *oracles.softmax(x),
+            *oracles.log_softmax(x),
+            *oracles.logsumexp(x),
+            *oracles.cross_entropy_with_grad(x, target, **options),
+        ]
+        results = [
+            fl.softmax(x, backend=backend)[0],
+            fl.log_softmax(x, backend=backend)[0],
+            fl.logsumexp(x, backend=backend),
+            loss,
+            grad[0],
+        ]
+        for result, value, bound in zip(results, exact, bounds, strict=True):
+            # The oracle agrees with mpmath, and the result is held to mpmath's own value.
+            allowance = np.asarray(bound.allowance).reshape(value.shape)
+            oracle = np.asarray(bound.value).reshape(value.shape)
+            assert (np.abs(oracle - value) <= 1e-17 * allowance + np.longdouble("1e-4000")).all()
+            assert_close(result, oracles.Bounded(value, allowance), dtype)
