@@ -1,0 +1,252 @@
+"""Everything that may be passed, in every form it may come in."""
+
+import functools
+
+import numpy as np
+import oracles
+import pytest
+from cases import BFLOAT16, INTEGERS, assert_close
+
+import fastloss as fl
+
+F32 = np.dtype(np.float32)
+rng = np.random.default_rng(5)
+X = rng.normal(size=(30, 70)).astype(F32)  # few enough rows and classes for an int8
+Y = rng.integers(0, 70, 30)
+EVERY_OTHER = {1: np.s_[::4], 2: np.s_[::2, ::2]}
+FORMS = {
+    "Fortran order": np.asfortranarray,
+    "reversed": lambda a: a[::-1].copy()[::-1],
+    "reversed classes": lambda a: a[..., ::-1].copy()[..., ::-1],
+    "every other": lambda a: np.repeat(np.repeat(a, 2, 0), 2, -1)[EVERY_OTHER[a.ndim]],
+    "sliced": lambda a: np.pad(a, 3)[3:-3, 3:-3] if a.ndim == 2 else np.pad(a, 3)[3:-3],
+    "byte-swapped": lambda a: a.astype(a.dtype.newbyteorder()),
+    "misaligned": lambda a: np.frombuffer(
+        b"x" + np.ascontiguousarray(a).tobytes(), a.dtype, offset=1
+    ).reshape(a.shape),
+    "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+    "subclass": lambda a: a.view(type("Sub", (np.ndarray,), {})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_targets_of_every_integer_dtype(dtype, backend):
+    expected = fl.cross_entropy_with_grad(X, Y, backend=backend)
+    loss, grad = fl.cross_entropy_with_grad(X, Y.astype(dtype), backend=backend)
+    assert loss == expected[0]
+    np.testing.assert_array_equal(grad, expected[1])
+    # -100 and -1 are ignored where the dtype has them, and mean nothing where it has not.
+    for ignored in (-100, -1, 60):
+        target = np.where(Y < 20, ignored, Y)
+        if dtype.kind == "u" and ignored < 0:
+            target = np.where(Y < 20, 20, Y)
+        expected = fl.nll_loss_with_grad(X, target, ignore_index=ignored, backend=backend)
+        results = fl.nll_loss_with_grad(
+            X, target.astype(dtype), ignore_index=ignored, backend=backend
+        )
+        assert results[0] == expected[0]
+        np.testing.assert_array_equal(results[1], expected[1])
+
+
+def test_unsigned_targets_are_not_ignored_by_wrapping(backend):
+    """255 as uint8 is a class, and not the -1 to be ignored."""
+    x = rng.normal(size=(3, 256)).astype(F32)
+    target = np.array([255, 0, 255], np.uint8)
+    expected = oracles.cross_entropy(x, target.astype(int), reduction="none")[0]
+    losses = fl.cross_entropy(x, target, ignore_index=-1, reduction="none", backend=backend)
+    assert_close(losses, expected, F32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_form_of_the_arrays(form, backend):
+    """The memory an array lies in makes no difference.
+
+    Bit for bit, except that Fortran order is the other kernel, for a class axis that is not last.
+    """
+    reform = FORMS[form]
+    tolerance = 1e-6 if form == "Fortran order" else 0
+    same = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=2 * tolerance)
+    soft = rng.random(X.shape).astype(F32)
+    w, s = rng.random(70), rng.random(30)
+    calls = {
+        fl.softmax: (X,),
+        fl.log_softmax: (X,),
+        fl.logsumexp: (X,),
+        fl.softmax_backward: (X, soft),
+        fl.log_softmax_backward: (X, -soft),
+    }
+    for function, arrays in calls.items():
+        expected = function(*arrays, backend=backend)
+        result = function(*map(reform, arrays), backend=backend)
+        assert type(result) is np.ndarray
+        assert result.dtype == F32
+        same(result, expected)
+    for function, target in [
+        (fl.cross_entropy_with_grad, Y),
+        (fl.cross_entropy_with_grad, soft),
+        (fl.nll_loss_with_grad, Y),
+    ]:
+        expected = function(X, target, weight=w, sample_weight=s, backend=backend)
+        arrays = [reform(array) for array in (X, target, w, s)]
+        before = [array.tobytes() for array in arrays]
+        loss, grad = function(
+            *arrays[:2], weight=arrays[2], sample_weight=arrays[3], backend=backend
+        )
+        # One argument alone in another form: the other forms must match it.
+        mixed, _ = function(arrays[0], target, weight=w, sample_weight=s, backend=backend)
+        same([loss, mixed], expected[0])
+        same(grad, expected[1])
+        assert before == [array.tobytes() for array in arrays]
+
+
+@pytest.mark.parametrize("form", ["Fortran order", "reversed", "every other", "sliced"])
+def test_form_of_out(form, backend):
+    for x in (X, np.asfortranarray(X), FORMS["every other"](X)):
+        out = FORMS[form](np.zeros_like(X))
+        assert fl.softmax(x, out=out, backend=backend) is out
+        np.testing.assert_array_equal(out, fl.softmax(x, backend=backend))
+        fl.cross_entropy_with_grad(x, Y, out=out, backend=backend)
+        expected = fl.cross_entropy_with_grad(x, Y, backend=backend)
+        np.testing.assert_array_equal(out, expected[1])
+    x = FORMS[form](X.copy())
+    expected = fl.softmax(x, backend=backend)
+    assert fl.softmax(x, out=x, backend=backend) is x
+    np.testing.assert_array_equal(x, expected)
+
+
+def test_out_may_hold_other_inputs(backend):
+    """Weights and targets that lie in `out` are read before it is written."""
+    soft = rng.random(X.shape).astype(F32)
+    expected = fl.cross_entropy_with_grad(X, soft, backend=backend)
+    out = soft.copy()
+    loss, _ = fl.cross_entropy_with_grad(X, out, out=out, backend=backend)
+    assert loss == expected[0]
+    np.testing.assert_array_equal(out, expected[1])
+
+    x, y, w = rng.normal(size=(40, 4)), rng.integers(0, 4, 40), rng.random(4)
+    expected = fl.cross_entropy_with_grad(x, y, weight=w, backend=backend)
+    out = np.zeros_like(x)
+    out[7] = w
+    loss, _ = fl.cross_entropy_with_grad(x, y, weight=out[7], out=out, backend=backend)
+    assert loss == expected[0]
+    np.testing.assert_array_equal(out, expected[1])
+
+
+@pytest.mark.parametrize("shift", [-71, -70, -1, 1, 3, 70, 500])
+def test_out_overlapping_the_logits(shift, backend):
+    memory = np.zeros(X.size + 1200, F32)
+    x = memory[600 : 600 + X.size].reshape(X.shape)
+    out = memory[600 + shift : 600 + shift + X.size].reshape(X.shape)
+    for function in (fl.softmax, fl.log_softmax):
+        expected = function(X, backend=backend)
+        x[...] = X
+        function(x, out=out, backend=backend)
+        np.testing.assert_array_equal(out, expected)
+    loss, expected = fl.cross_entropy_with_grad(X, Y, backend=backend)
+    x[...] = X
+    assert fl.cross_entropy_with_grad(x, Y, out=out, backend=backend)[0] == loss
+    np.testing.assert_array_equal(out, expected)
+    expected = fl.logsumexp(X, backend=backend)
+    x[...] = X
+    out = x.reshape(-1)[35 : 35 + len(X)]
+    fl.logsumexp(x, out=out, backend=backend)
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_lists_and_scalars(backend):
+    assert fl.softmax([5, 4, 2], backend=backend).dtype == np.float64
+    p = fl.softmax([[5.0, 4, 2], [0, 0, 0]], backend=backend)
+    assert p.shape == (2, 3)
+    loss = fl.cross_entropy([[5, 4, 2]], [0], weight=[1, 2, 3], sample_weight=[2], backend=backend)
+    assert loss == fl.cross_entropy([5, 4, 2], 0, backend=backend)
+    losses, grad = fl.cross_entropy_with_grad(
+        np.array([5, 4, 2], F32), np.int8(0), reduction="none", backend=backend
+    )
+    assert (losses.shape, losses.dtype, grad.shape) == ((), F32, (3,))
+    out = np.empty((), F32)
+    assert fl.logsumexp(np.array([5, 4, 2], F32), out=out, backend=backend) is out
+    assert out == pytest.approx(5.349, abs=1e-3)
+    assert fl.cross_entropy([[1, 2]], [[0.5, 0.5]], backend=backend) == pytest.approx(0.8132617)
+    assert np.isnan(fl.cross_entropy(np.zeros((0, 3)), [], backend=backend))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
+def test_probabilities_of_every_float_dtype(dtype, backend):
+    soft = rng.random(X.shape).astype(dtype)
+    for x in (X, X.astype(float), X.astype(np.float16)):
+        result = fl.cross_entropy_with_grad(x, soft, reduction="none", backend=backend)
+        computed = np.float64 if x.dtype == np.float64 else np.float32
+        bounds = oracles.cross_entropy_with_grad(x, soft.astype(computed), reduction="none")
+        for value, bound in zip(result, bounds, strict=True):
+            assert_close(value, bound, x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64, np.uint8, BFLOAT16])
+def test_weights_of_every_real_dtype(dtype, backend):
+    w, s = np.arange(70) % 5, np.arange(30) % 3
+    expected = fl.cross_entropy_with_grad(
+        X, Y, weight=w.astype(float), sample_weight=s.astype(float), backend=backend
+    )
+    loss, grad = fl.cross_entropy_with_grad(
+        X, Y, weight=w.astype(dtype), sample_weight=s.astype(dtype), backend=backend
+    )
+    assert loss == expected[0]
+    np.testing.assert_array_equal(grad, expected[1])
+
+
+def test_the_mean_divides_by_the_weights_that_count(backend):
+    x = rng.normal(size=(5, 3))
+    y = np.array([0, 1, 2, -100, 1])
+    w, s = np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 0.0, 9.0, 0.5])
+    options = {"weight": w, "sample_weight": s, "backend": backend}
+    for function, rows in [(fl.cross_entropy, x), (fl.nll_loss, fl.log_softmax(x))]:
+        losses = function(rows, y, reduction="none", **options)
+        total = function(rows, y, reduction="sum", **options)
+        assert total == pytest.approx(losses.sum(), rel=1e-15)
+        divisor = 1 * 1 + 2 * 3 + 2 * 0.5
+        assert function(rows, y, **options) == pytest.approx(total / divisor, rel=1e-15)
+        assert function(rows, y, normalizer=5, **options) == pytest.approx(total / 5, rel=1e-15)
+    soft = rng.random((5, 3))
+    total = fl.cross_entropy(x, soft, reduction="sum", **options)
+    mean = fl.cross_entropy(x, soft, **options)
+    assert mean == pytest.approx(total / s.sum(), rel=1e-15)
+    mean = fl.cross_entropy(x, soft, weight=w, backend=backend)
+    total = fl.cross_entropy(x, soft, weight=w, reduction="sum", backend=backend)
+    assert mean == pytest.approx(total / 5, rel=1e-15)
+
+
+def test_probabilities_that_are_one_hot_are_indices(backend):
+    options = {"weight": rng.random(70), "label_smoothing": 0.1, "reduction": "sum"}
+    hard = fl.cross_entropy_with_grad(X, Y, backend=backend, **options)
+    soft = fl.cross_entropy_with_grad(X, np.eye(70, dtype=F32)[Y], backend=backend, **options)
+    assert soft[0] == pytest.approx(hard[0], rel=1e-6)
+    np.testing.assert_allclose(soft[1], hard[1], atol=1e-6)
+
+
+def test_nll_of_log_softmax_is_cross_entropy(backend):
+    options = {"weight": rng.random(70), "reduction": "none", "backend": backend}
+    log_p = fl.log_softmax(X, backend=backend)
+    np.testing.assert_allclose(
+        fl.nll_loss(log_p, Y, **options), fl.cross_entropy(X, Y, **options), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("axis", range(-4, 4))
+def test_every_axis_of_four(axis, backend):
+    x = rng.normal(size=(3, 4, 5, 6))
+    last = np.ascontiguousarray(np.moveaxis(x, axis, -1))
+    result = np.moveaxis(fl.softmax(x, axis, backend=backend), axis, -1)
+    expected = oracles.softmax(last.reshape(-1, last.shape[-1]))[0]
+    assert_close(result.reshape(expected.value.shape), expected, x.dtype)
+    y = rng.integers(0, 3, last.shape[:-1])
+    loss, grad = fl.cross_entropy_with_grad(x, y, axis=axis, backend=backend)
+    expected = oracles.cross_entropy_with_grad(last.reshape(-1, last.shape[-1]), y.reshape(-1))
+    assert_close(loss, expected[0], x.dtype)
+    assert_close(np.moveaxis(grad, axis, -1).reshape(expected[1].value.shape), expected[1], x.dtype)
+
+
+def test_broadcast_logits(backend):
+    """All rows are the same memory."""
+    x = np.broadcast_to(X[:1], (200, 70))
+    result = fl.softmax(x, backend=backend)
+    np.testing.assert_array_equal(result, np.repeat(fl.softmax(X[:1], backend=backend), 200, 0))

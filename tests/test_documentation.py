@@ -1,0 +1,85 @@
+"""What the documentation shows is what happens, and the types are right."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastloss as fl
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+ADAPTERS = {"torch", "sklearn", "boosting"}  # their doctests need what may not be installed
+MODULES = {module.name for module in pkgutil.iter_modules(fl.__path__)}
+DOCUMENTED = sorted(
+    name for name in MODULES - ADAPTERS if not name.startswith(("_kernels", "__main__"))
+)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_docstrings(name):
+    module = importlib.import_module(f"fastloss.{name}")
+    finder = doctest.DocTestFinder()
+    runner = doctest.DocTestRunner(optionflags=OPTIONS)
+    for test in finder.find(module, f"fastloss.{name}"):
+        runner.run(test)
+    assert runner.failures == 0
+
+
+def test_every_public_function_has_an_example():
+    tests = doctest.DocTestFinder()
+    for name in fl.__all__:
+        function = getattr(fl, name)
+        assert any(test.examples for test in tests.find(function, name)), f"{name} has none"
+
+
+def readme_sessions():
+    text = (ROOT / "README.md").read_text()
+    fences = re.findall(r"^```(?:python|pycon)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [fence for fence in fences if ">>>" in fence]
+
+
+def test_readme():
+    """Its sessions are one, from top to bottom, and print what they say they print."""
+    names = {}
+    runner = doctest.DocTestRunner(optionflags=OPTIONS)
+    for number, session in enumerate(readme_sessions(), 1):
+        test = doctest.DocTestParser().get_doctest(session, names, f"README {number}", None, 0)
+        test.globs = names
+        runner.run(test, clear_globs=False)
+    assert runner.failures == 0
+    assert runner.tries > 0, "the README shows nothing"
+
+
+def mypy(*arguments, **environment):
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", *arguments],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return result.stdout + result.stderr
+
+
+def test_types():
+    assert "Success: no issues found" in mypy()
+
+
+def test_types_that_users_see(tmp_path):
+    """They let a right use pass, and find a wrong one."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import fastloss as fl\n"
+        "import numpy as np\n"
+        "p: np.ndarray = fl.softmax([1.0, 2.0], backend='numpy')\n"
+        "loss, grad = fl.cross_entropy_with_grad([[1.0, 2.0]], [0])\n"
+        "fl.softmax([1.0], axs=0)\n"
+    )
+    # An editable install is behind an import hook that mypy does not follow.
+    errors = mypy(str(program), MYPYPATH=str(ROOT / "src"))
+    assert 'program.py:5: error: Unexpected keyword argument "axs"' in errors
+    assert "Found 1 error" in errors
