@@ -80,6 +80,6 @@ def test_types_that_users_see(tmp_path):
         "fl.softmax([1.0], axs=0)\n"
     )
     # An editable install is behind an import hook that mypy does not follow.
-    errors = mypy(str(program), MYPYPATH=str(ROOT / "src"))
-    assert 'program.py:5: error: Unexpected keyword argument "axs"' in errors
-    assert "Found 1 error" in errors
+    found = mypy(str(program), MYPYPATH=str(ROOT / "src")).splitlines()
+    (error,) = [line for line in found if "program.py" in line and "error:" in line]
+    assert 'program.py:5: error: Unexpected keyword argument "axs"' in error
