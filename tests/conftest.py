@@ -19,7 +19,7 @@ _SHARED = {
     # The backend fixture changes nothing between two examples of a test.
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
-settings.register_profile("fixed", derandomize=True, **_SHARED)
+settings.register_profile("fixed", max_examples=60, derandomize=True, **_SHARED)
 settings.register_profile("explore", max_examples=2000, **_SHARED)
 settings.load_profile("fixed")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import COMPILED
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -98,18 +98,18 @@ def assert_agree(result, reference, dtype, reach):
 
 
 def reach_of(x, axis):
+    """The distance between the largest and the smallest finite logit of each row.
+
+    No further than it matters: exp(-750) is 0.
+    """
     x = x.astype(np.longdouble)
-    x = np.where(np.isfinite(x), x, np.nan)
-    with np.errstate(all="ignore"):
-        bounds = (
-            np.where(np.isnan(x), -np.inf, x).max(axis, keepdims=True),
-            np.where(np.isnan(x), np.inf, x).min(axis, keepdims=True),
-        )
-        return np.nan_to_num(bounds[0] - bounds[1], neginf=0, posinf=0)
+    finite = np.isfinite(x)
+    largest = np.where(finite, x, -np.inf).max(axis, keepdims=True)
+    smallest = np.where(finite, x, np.inf).min(axis, keepdims=True)
+    return np.where(np.isfinite(largest), np.minimum(largest - smallest, 750), 0)
 
 
 @compiled
-@settings(max_examples=60)
 @given(x=logits(), data=st.data())
 def test_softmax(backend, x, data):
     axis = data.draw(st.integers(-x.ndim, x.ndim - 1))
@@ -131,7 +131,6 @@ def test_softmax(backend, x, data):
 
 
 @compiled
-@settings(max_examples=80)
 @example(problem=(np.zeros((3, 1), np.float32), np.zeros(3, int), {}))
 @given(problem=losses())
 def test_cross_entropy(backend, problem):
@@ -142,34 +141,36 @@ def test_cross_entropy(backend, problem):
     reference_loss, reference_grad = fl.cross_entropy_with_grad(
         x, target, backend="numpy", **options
     )
-    reach = reach_of(x, options.get("axis", -1))
-    rows = np.asarray(reach).squeeze(options.get("axis", -1))
-    z_loss = options.get("z_loss", 0)
-    # With a z-loss, lse**2 has the error of lse, which may be near 0 for large logits.
-    if z_loss:
-        assert (np.isnan(loss) == np.isnan(reference_loss)).all()
-    else:
+    for result, reference in [(loss, reference_loss), (grad, reference_grad)]:
+        np.testing.assert_array_equal(np.isnan(result), np.isnan(reference))
+    axis, z_loss = options.get("axis", -1), options.get("z_loss", 0)
+    if z_loss and np.abs(np.nan_to_num(x.astype(float))).max() > 1e3:
+        return  # lse may be near 0 next to large logits, and its square has their rounding
+    reach = reach_of(x, axis)
+    if not z_loss:
+        rows = reach.squeeze(axis)
         per_row = rows if np.shape(loss) == rows.shape else rows.max(initial=0)
         assert_agree(loss, reference_loss, x.dtype, per_row)
-    assert (np.isnan(grad) == np.isnan(reference_grad)).all()
-    assert (np.isinf(grad) == np.isinf(reference_grad)).all()
-    if z_loss and np.abs(np.nan_to_num(x)).max() > 1e3:
-        return
-    finite = np.isfinite(reference_grad)
-    axis = options.get("axis", -1)
-    # The terms a p and w t may cancel: the error is relative to them, that is, to the weights.
-    largest = np.abs(np.where(finite, reference_grad, 0)).max(axis, keepdims=True, initial=0)
-    count = 1.0 if options.get("reduction") != "mean" else max(target.size // x.shape[axis], 1)
+    assert_gradients_agree(grad, reference_grad, x, axis, reach, hard=is_hard(target, options))
+
+
+def is_hard(target, options):
+    """Whether a gradient is p - onehot, and not a difference of two terms that may cancel."""
+    return target.dtype.kind != "f" and not (
+        options.get("label_smoothing") or options.get("z_loss")
+    )
+
+
+def assert_gradients_agree(grad, reference, x, axis, reach, hard):
     unit = (2e-6 if x.dtype.itemsize == 4 else 2e-14) * (1 + reach / 10)
-    error = np.abs(np.where(finite, grad, 0) - np.where(finite, reference_grad, 0))
-    loose = target.dtype.kind == "f" or options.get("label_smoothing", 0) or z_loss
-    slack = x.shape[axis] / count if loose else 0
-    smallest = np.finfo(x.dtype.newbyteorder("=")).smallest_subnormal
-    assert (error <= unit * (largest + slack) + 2 * smallest).all()
+    largest = np.abs(np.nan_to_num(reference)).max(axis, keepdims=True, initial=0)
+    terms = 0 if hard else x.shape[axis]  # at most: the weights are at most 1, the targets too
+    tolerance = unit * (largest + terms) + 2 * np.finfo(reference.dtype).smallest_subnormal
+    error = np.abs(np.nan_to_num(grad) - np.nan_to_num(reference))
+    assert (error <= tolerance).all()
 
 
 @compiled
-@settings(max_examples=60)
 @given(data=st.data())
 def test_overlapping_out(backend, data):
     """Input and `out` anywhere in the same memory."""
