@@ -6,6 +6,7 @@ import platform
 import sys
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -371,8 +372,6 @@ def test_a_forked_child_works(backend):
 
 def _in_a_fork(function, seconds=30):
     """Whether the function returns True in a forked child, in time."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork of a process with threads
         child = os.fork()
