@@ -327,7 +327,9 @@ def output(
         normal = np.empty(normal_shape, dtype)
         return Output(_as_user(normal, shape, order), normal, False, order)
 
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if type(out) is not np.ndarray and (
+        not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray)
+    ):
         raise TypeError(f"out is a {type(out).__name__}, expected a numpy.ndarray")
     if out.dtype != dtype:
         raise TypeError(f"out has dtype {out.dtype}, expected {dtype}")

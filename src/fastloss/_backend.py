@@ -7,9 +7,8 @@ hurts only those who name it.
 
 import functools
 import importlib
-import importlib.metadata
 import os
-import platform
+import sys
 from types import ModuleType
 
 _MODULES = {
@@ -28,6 +27,7 @@ _INSTALL = {
 # Below this many array elements a call costs less than waking up a second thread.
 _PARALLEL_ELEMENTS = 1 << 15
 
+_ready: set[str] = set()  # backends whose import has succeeded
 _selected: ModuleType | None = None  # what calls without backend= use; None: not yet decided
 _num_threads: int | None = None  # set_num_threads; None: what the environment and the CPU say
 _forked = False  # thread pools do not survive a fork: a child computes on its one thread
@@ -58,8 +58,12 @@ def _load(name: str, argument: str) -> ModuleType:
     if not isinstance(name, str) or name not in _MODULES:
         names = ", ".join(repr(known) for known in ("auto", *_MODULES))
         raise ValueError(f"{argument} = {name!r} is not a backend; choose one of {names}")
+    if name in _ready and (module := sys.modules.get(_MODULES[name])):
+        return module
     try:
-        return importlib.import_module(_MODULES[name])
+        module = importlib.import_module(_MODULES[name])
+        _ready.add(name)
+        return module
     except ImportError as error:
         raise ImportError(
             f"backend {name!r} is not available: {_INSTALL[name]} ({error})", name=error.name
@@ -289,6 +293,9 @@ def show_config() -> None:
 
 def config() -> dict[str, str]:
     """What show_config prints."""
+    import importlib.metadata  # slow to import, as is platform, and rarely needed
+    import platform
+
     import fastloss
 
     result = {
@@ -317,4 +324,6 @@ def _cpu_name() -> str:
                     return line.split(":", 1)[1].strip()
     except OSError:
         pass
+    import platform
+
     return platform.processor() or platform.machine()
