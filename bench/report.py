@@ -62,9 +62,12 @@ def section(report, losses, picture):
         *others_table(report),
         f"![Time over limit against the number of classes]({picture})",
         "",
-        "Where we lose in this run:",
+        "<details>",
+        f"<summary>Where we lose in this run: {len(losses) or 'nowhere'}</summary>",
         "",
-        *(f"- {loss}" for loss in losses or ["nowhere"]),
+        *(f"- {loss}" for loss in losses),
+        "",
+        "</details>",
     ]
     return "\n".join(lines)
 
