@@ -2153,7 +2153,7 @@ def _scratch(array, shape, threads):
     if group:
         size = 2 * BLOCK + group * num_classes + CHUNK
     else:
-        size = (num_classes + 1 + 2 * (num_classes + 8)) * LANES
+        size = _tile_numbers.py_func(num_classes)
         if stream and inner > 1 and array.itemsize != 2:
             carries = num_classes
             size += carries * (LINE // array.itemsize)
