@@ -26,6 +26,7 @@ Everything that jitted code calls is in this file: the on-disk cache does not no
 another.  Only the functions that Python calls are cached; the rest is linked into them.
 """
 
+import functools
 import platform
 import threading
 
@@ -66,8 +67,21 @@ FIELDS = 15 * LANES
 _common = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
 _options = {**_common, "forceinline": True, "no_cpython_wrapper": True}
 _inline = njit(**_options)
+# What only calls others becomes part of its caller before types are inferred: a function less.
+_spliced = njit(inline="always", error_model="numpy")
 _fused = njit(fastmath={"contract"}, **_options)
 _summing = njit(fastmath={"reassoc"}, **_options)
+
+
+def _typed(choose):
+    """A function for jitted code alone: choose, given the types, returns what is compiled."""
+
+    @functools.wraps(choose)
+    def stub(*arguments):
+        raise NotImplementedError("for jitted code")
+
+    overload(stub, jit_options={**_options, "fastmath": {"contract"}})(choose)
+    return stub
 
 
 def _entry(function=None, *, parallel=False):
@@ -200,6 +214,64 @@ def _stream_line(typing_context, to, to_index, source, source_index):
 
 
 @intrinsic
+def _load_index(typing_context, data, kind, index):
+    """Integer number index of bytes whose type is INTEGERS[kind]; what int64 lacks, as its last."""
+
+    def generate(context, builder, signature, arguments):
+        data_value, kind, index = arguments
+        wide = ir.IntType(64)
+        done = builder.append_basic_block()
+        loads = []
+        for name in INTEGERS:
+            dtype = np.dtype(name)
+            block = builder.append_basic_block()
+            with builder.goto_block(block):
+                narrow = ir.IntType(8 * dtype.itemsize)
+                offset = builder.mul(index, ir.Constant(wide, dtype.itemsize))
+                value = builder.load(_place(context, builder, data, data_value, offset, narrow))
+                if dtype.itemsize < 8:
+                    value = (builder.sext if dtype.kind == "i" else builder.zext)(value, wide)
+                elif dtype.kind == "u":
+                    last = ir.Constant(wide, np.iinfo(np.int64).max)
+                    fits = builder.icmp_signed(">=", value, ir.Constant(wide, 0))
+                    value = builder.select(fits, value, last)
+                builder.branch(done)
+            loads.append((value, block))
+        switch = builder.switch(kind, loads[-1][1])
+        for number, (_, block) in enumerate(loads[:-1]):
+            switch.add_case(ir.Constant(kind.type, number), block)
+        builder.position_at_end(done)
+        result = builder.phi(wide)
+        for value, block in loads:
+            result.add_incoming(value, block)
+        return result
+
+    return types.int64(data, types.intp, types.intp), generate
+
+
+@intrinsic
+def _call(typing_context, address, arguments, units, thread, threads):
+    """Call a compiled share. By its address: linked in, it would be compiled three more times.
+
+    Numba passes a tuple as its elements, so that it may be taken apart before, as prange wants it.
+    """
+
+    def generate(context, builder, signature, values):
+        address, packed, units, thread, threads = values
+        unpacked = cgutils.unpack_tuple(builder, packed)
+        share_types = (*arguments.types, types.intp, types.intp, types.intp)
+        share_type = context.call_conv.get_function_type(types.none, share_types)
+        share = builder.inttoptr(address, share_type.as_pointer())
+        context.call_conv.call_function(
+            builder, share, types.none, share_types, [*unpacked, units, thread, threads]
+        )
+        return context.get_dummy_value()
+
+    signature = types.void(types.intp, arguments, types.intp, types.intp, types.intp)
+    return signature, generate
+
+
+@intrinsic
 def _end_stream(typing_context):
     """What was streamed is there for other threads to see."""
 
@@ -226,97 +298,57 @@ def _end_stream(typing_context):
 # are not negligible.
 
 
-def _tiny_of(number):
-    """The smallest normal number."""
-    raise NotImplementedError("for jitted code")
+@_inline
+def _tiny_of(numbers):
+    """The smallest normal number of an array's type."""
+    return 1.1754943508222875e-38 if numbers.itemsize == 4 else 2.2250738585072014e-308
 
 
-@overload(_tiny_of)
-def _overload_tiny_of(number):
-    tiny = float(np.finfo(np.float32 if number == types.float32 else np.float64).tiny)
-    return lambda number: tiny
-
-
-def _power_of(number):
+@_inline
+def _power_of(numbers):
     """What an exponential loses in narrow_factor: 2**-shift."""
-    raise NotImplementedError("for jitted code")
+    return numbers.dtype.type(2.0**-32 if numbers.itemsize == 4 else 2.0**-64)
 
 
-@overload(_power_of)
-def _overload_power_of(number):
-    power = np.float32(2.0**-32) if number == types.float32 else 2.0**-64
-    return lambda number: power
-
-
+@_typed
 def _pivot_of(maximum):
     """What is taken off x: 0, or the maximum where that is large (or inf: then all is NaN)."""
-    raise NotImplementedError("for jitted code")
-
-
-@overload(_pivot_of)
-def _overload_pivot_of(maximum):
-    limit = np.float32(256) if maximum == types.float32 else 2048.0
-    zero = np.float32(0) if maximum == types.float32 else 0.0
+    limit, zero = (np.float32(256), np.float32(0)) if maximum == types.float32 else (2048.0, 0.0)
     return lambda maximum: zero if abs(maximum) < limit else maximum
 
 
+@_typed
 def _magic_of(maximum):
     """A number to which x / ln 2 is added: that rounds it, and leaves n - N in the low bits."""
-    raise NotImplementedError("for jitted code")
+
+    def magic_of_32(maximum):
+        x = maximum if _pivot_of(maximum) == np.float32(0) else np.float32(0)
+        # Adding 1.5 * 2**23 rounds to an integer.
+        shifted = x * np.float32(1.44269504) + np.float32(12582912.0)
+        return np.float32(12582912.0 + 127 + 32) - (shifted - np.float32(12582912.0))
+
+    def magic_of_64(maximum):
+        x = maximum if _pivot_of(maximum) == 0.0 else 0.0
+        shifted = x * 1.4426950408889634 + 6755399441055744.0  # 1.5 * 2**52
+        return (6755399441055744.0 + 1023 + 64) - (shifted - 6755399441055744.0)
+
+    return magic_of_32 if maximum == types.float32 else magic_of_64
 
 
-@overload(_magic_of)
-def _overload_magic_of(maximum):
-    return _magic_of_32 if maximum == types.float32 else _magic_of_64
-
-
-def _magic_of_32(maximum):
-    x = maximum if _pivot_of(maximum) == np.float32(0) else np.float32(0)
-    # Adding 1.5 * 2**23 rounds to an integer.
-    shifted = _fma_32(x, np.float32(1.44269504), np.float32(12582912.0))
-    return np.float32(12582912.0 + 127 + 32) - (shifted - np.float32(12582912.0))
-
-
-def _magic_of_64(maximum):
-    x = maximum if _pivot_of(maximum) == 0.0 else 0.0
-    shifted = _fma_64(x, 1.4426950408889634, 6755399441055744.0)  # 1.5 * 2**52
-    return (6755399441055744.0 + 1023 + 64) - (shifted - 6755399441055744.0)
-
-
-@_fused
-def _fma_32(a, b, c):
-    return a * b + c
-
-
-@_fused
-def _fma_64(a, b, c):
-    return a * b + c
-
-
+@_typed
 def _lowest_of(magic):
     """The x whose n - N is the exponent of 0."""
-    raise NotImplementedError("for jitted code")
-
-
-@overload(_lowest_of)
-def _overload_lowest_of(magic):
     if magic == types.float32:
         return lambda magic: (np.float32(12582912.0) - magic) * np.float32(0.693147181)
     return lambda magic: (6755399441055744.0 - magic) * 0.69314718055994531
 
 
+@_typed
 def _exponential(x, pivot, magic, lowest):
     """2**(shift - N) * exp(x - pivot); 0 where that is negligible; NaN for NaN."""
-    raise NotImplementedError("for jitted code")
+    return _exponential_32 if x == types.float32 else _exponential_64
 
 
-@overload(_exponential)
-def _overload_exponential(x, pivot, magic, lowest):
-    function = _exponential_32 if x == types.float32 else _exponential_64
-    return lambda x, pivot, magic, lowest: function(x, pivot, magic, lowest)
-
-
-@_fused
 def _exponential_32(x, pivot, magic, lowest):
     d = x - pivot
     d = lowest if d < lowest else d
@@ -334,7 +366,6 @@ def _exponential_32(x, pivot, magic, lowest):
     return p * np.uint32(np.float32(shifted).view(np.uint32) << np.uint32(23)).view(np.float32)
 
 
-@_fused
 def _exponential_64(x, pivot, magic, lowest):
     d = x - pivot
     d = lowest if d < lowest else d
@@ -438,13 +469,9 @@ def _float_to_bfloat(x):
 # ---------------------------------------------------------------------------------------------
 
 
+@_typed
 def _load(x, start, n, buffer, storage):
     """Elements start to start + n in the compute type: as they lie, or converted into buffer."""
-    raise NotImplementedError("for jitted code")
-
-
-@overload(_load)
-def _overload_load(x, start, n, buffer, storage):
     if x.dtype == types.uint16:
         return lambda x, start, n, buffer, storage: _load_halves(
             x[start : start + n], buffer[:n], storage
@@ -463,12 +490,8 @@ def _load_halves(x, buffer, storage):
     return buffer
 
 
+@_typed
 def _load_one(x, index, storage):
-    raise NotImplementedError("for jitted code")
-
-
-@overload(_load_one)
-def _overload_load_one(x, index, storage):
     if x.dtype != types.uint16:
         return lambda x, index, storage: x[index]
 
@@ -486,17 +509,11 @@ def _fetch(x, start, n):
         _fetch_line(x, i)
 
 
+@_typed
 def _store(out, start, values, storage, stream):
     """Write out[start : start + values.size]."""
-    raise NotImplementedError("for jitted code")
-
-
-@overload(_store)
-def _overload_store(out, start, values, storage, stream):
     if out.dtype == types.uint16:
-        return lambda out, start, values, storage, stream: _store_halves(
-            out, start, values, storage, stream
-        )
+        return _store_halves
     return lambda out, start, values, storage, stream: _copy_out(out, start, values, stream)
 
 
@@ -516,19 +533,15 @@ def _copy_out(out, start, values, stream):
         _copy(out[start : start + n], values)
 
 
+@_typed
 def _store_run(out, start, values, storage, stream, carry, r, slot):
     """As _store, of at most LANES numbers that a later run may go on from.
 
     With stream in whole cache lines, since half a line would first be read from memory: the end of
     a run that does not fill its line waits in `carry` for the next, which begins at r[slot].
     """
-    raise NotImplementedError("for jitted code")
-
-
-@overload(_store_run)
-def _overload_store_run(out, start, values, storage, stream, carry, r, slot):
     if out.dtype == types.uint16:
-        return lambda out, start, values, storage, stream, carry, r, slot: _store_halves(
+        return lambda out, start, values, storage, stream, carry, r, slot: _store(
             out, start, values, storage, stream
         )
     return lambda out, start, values, storage, stream, carry, r, slot: (
@@ -579,7 +592,6 @@ def _copy(to, values):
         to[i] = values[i]
 
 
-@_inline
 def _store_halves(out, start, values, storage, stream):
     halves = _lanes(out)
     for first in range(0, values.size, LANES):
@@ -610,13 +622,9 @@ def _pad(x, skip, chunk):
         chunk[skip] = -np.inf
 
 
+@_typed
 def _largest_lane(lane):
     """The maximum of a chunk without NaN."""
-    raise NotImplementedError("for jitted code")
-
-
-@overload(_largest_lane)
-def _overload_largest_lane(lane):
     # b ^ ((b >> 31) & 0x7fffffff) orders the bits of floats as integers, and is its own inverse:
     # the maximum of integers vectorises, that of floats does not.
     wide = lane.dtype == types.float64
@@ -797,9 +805,9 @@ def _scale(e, f):
 def _narrow_factor(e, factor):
     """The factor in the compute type, the power of two that it cannot hold moved to e."""
     real = e.dtype.type
-    if factor != 0.0 and abs(factor) < _tiny_of(real(0)):
-        _scale(e, _power_of(real(0)))
-        factor /= _power_of(real(0))
+    if factor != 0.0 and abs(factor) < _tiny_of(e):
+        _scale(e, _power_of(e))
+        factor /= _power_of(e)
     return real(factor)
 
 
@@ -907,35 +915,11 @@ def _cross_entropy_soft_step(r, n, z_loss, scale):
 
 
 @_inline
-def _widen(source, y):
-    for i in range(source.size):
-        y[i] = source[i]
-
-
-@_inline
 def _read_indices(target, first, n, y):
     """Targets first to first + n as int64, whatever they are: one type of argument for all."""
     data, kind = target
-    data = _borrow(data)
-    last = first + n
-    if kind == 0:
-        _widen(data.view(np.int8)[first:last], y)
-    elif kind == 1:
-        _widen(data.view(np.int16)[first:last], y)
-    elif kind == 2:
-        _widen(data.view(np.int32)[first:last], y)
-    elif kind == 3:
-        _widen(data.view(np.int64)[first:last], y)
-    elif kind == 4:
-        _widen(data.view(np.uint8)[first:last], y)
-    elif kind == 5:
-        _widen(data.view(np.uint16)[first:last], y)
-    elif kind == 6:
-        _widen(data.view(np.uint32)[first:last], y)
-    else:
-        wide = data.view(np.uint64)[first:last]
-        for i in range(n):  # what does not fit is out of range, and stays so
-            y[i] = np.int64(min(wide[i], np.uint64(0x7FFFFFFFFFFFFFFF)))
+    for i in range(n):
+        y[i] = _load_index(data, kind, first + i)
 
 
 @_inline
@@ -1002,7 +986,7 @@ def _row_scratch(scratch):
     return scratch[:BLOCK], scratch[BLOCK : 2 * BLOCK], scratch[2 * BLOCK :]
 
 
-@_inline
+@_spliced
 def _largest_of_rows(x, first, n, num_classes, r, buffer, storage):
     for i in range(n):
         start = (first + i) * num_classes
@@ -1025,7 +1009,7 @@ def _find_in_row(x, start, num_classes, value, buffer, storage):
     return 0
 
 
-@_inline
+@_spliced
 def _exp_row(x, start, num_classes, skip, maximum, keep, kept, buffer, line, ahead, storage):
     """The sum of the exponentials without class `skip`; if keep, kept receives them all.
 
@@ -1042,7 +1026,7 @@ def _exp_row(x, start, num_classes, skip, maximum, keep, kept, buffer, line, ahe
     return total
 
 
-@_inline
+@_spliced
 def _write_row(e, r, i, index, weight, soft, start, keep, uniform, buffer, soft_storage):
     """From exponentials to the gradient: factor * e_c - spread * w_c t_c, left_out at index."""
     if r[ROW_WEIGHT + i] == 0.0:
@@ -1118,7 +1102,7 @@ def _shift(x, m, log_s, result):
         result[i] = (x[i] - m) - log_s
 
 
-@_inline
+@_spliced
 def _reduce_rows(
     x, r, scratch, first, n, num_classes, weight, soft, keep, uniform, keep_exponentials, storage,
     soft_storage,
@@ -1182,7 +1166,7 @@ def _soft_sums(
     return gap, mass, top
 
 
-@_inline
+@_spliced
 def _write_rows(
     out, r, scratch, first, n, num_classes, weight, soft, keep, uniform, storage, soft_storage,
     stream,
@@ -1251,7 +1235,7 @@ def _load_tile(x, tile, buffer, first, n, num_classes, inner, storage):
         lane += width
 
 
-@_inline
+@_spliced
 def _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream):
     buffer = scratch[: (num_classes + 1) * LANES]
     if inner == 1:
@@ -1384,15 +1368,15 @@ def _tile_factors(tile, num_classes, f, r):
     small = 0
     for j in range(LANES):
         f[j] = r[FACTOR + j]
-        small += (abs(r[FACTOR + j]) < _tiny_of(real(0))) & (r[FACTOR + j] != 0.0)
+        small += (abs(r[FACTOR + j]) < _tiny_of(tile)) & (r[FACTOR + j] != 0.0)
     if not small:
         return
     for j in range(LANES):
-        if abs(r[FACTOR + j]) < _tiny_of(real(0)):
-            f[j] = r[FACTOR + j] / _power_of(real(0))
+        if abs(r[FACTOR + j]) < _tiny_of(tile):
+            f[j] = r[FACTOR + j] / _power_of(tile)
             column = tile[j:]
             for c in range(num_classes):
-                column[c * LANES] *= _power_of(real(0))
+                column[c * LANES] *= _power_of(tile)
 
 
 @_inline
@@ -1501,7 +1485,7 @@ def _log_softmax_tile(x, out, r, scratch, first, n, num_classes, inner, storage,
     _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream)
 
 
-@_inline
+@_spliced
 def _reduce_tile(
     x, soft, r, scratch, first, n, num_classes, inner, weight, keep, uniform, keep_exponentials,
     storage, soft_storage,
@@ -1530,7 +1514,7 @@ def _reduce_tile(
     _add_exponentials(r, LANES, scratch)
 
 
-@_inline
+@_spliced
 def _write_tile(
     out, r, scratch, first, n, num_classes, inner, weight, soft, keep, uniform, storage, stream
 ):
@@ -1546,7 +1530,12 @@ def _write_tile(
 # Shares: what one thread does
 # ---------------------------------------------------------------------------------------------
 # `shape` is (rows, num_classes, inner, group, stream); group, the rows of a unit, is 0 for tiles.
-# Each operation has its share, and a parallel function that hands one share to each thread.
+
+
+@_entry(parallel=True)
+def _on_threads(share, arguments, units, threads):
+    for thread in prange(threads):
+        _call(share, arguments, units, thread, threads)
 
 
 @_inline
@@ -1572,12 +1561,6 @@ def _softmax_share(x, out, shape, storage, scratch, fields, units, thread, threa
     _end_stream()
 
 
-@_entry(parallel=True)
-def _softmax_parallel(x, out, shape, storage, scratch, fields, units, threads):
-    for thread in prange(threads):
-        _softmax_share(x, out, shape, storage, scratch, fields, units, thread, threads)
-
-
 @_entry
 def _log_softmax_share(x, out, shape, storage, log_probs, scratch, fields, units, thread, threads):
     """log_softmax, or, without log_probs, logsumexp."""
@@ -1597,14 +1580,6 @@ def _log_softmax_share(x, out, shape, storage, log_probs, scratch, fields, units
             )
     _flush_carries(out, r, own, num_classes)
     _end_stream()
-
-
-@_entry(parallel=True)
-def _log_softmax_parallel(x, out, shape, storage, log_probs, scratch, fields, units, threads):
-    for thread in prange(threads):
-        _log_softmax_share(
-            x, out, shape, storage, log_probs, scratch, fields, units, thread, threads
-        )
 
 
 @_entry
@@ -1653,18 +1628,6 @@ def _cross_entropy_share(
     _end_stream()
 
 
-@_entry(parallel=True)
-def _cross_entropy_parallel(
-    x, target, weight, sample_weight, shape, storage, ignore_index, options, losses, out, scratch,
-    fields, partial, units, threads,
-):  # fmt: skip
-    for thread in prange(threads):
-        _cross_entropy_share(
-            x, target, weight, sample_weight, shape, storage, ignore_index, options, losses, out,
-            scratch, fields, partial, units, thread, threads,
-        )  # fmt: skip
-
-
 @_entry
 def _cross_entropy_soft_share(
     x, soft, weight, sample_weight, shape, storage, soft_storage, options, losses, out, scratch,
@@ -1705,18 +1668,6 @@ def _cross_entropy_soft_share(
             )  # fmt: skip
     _flush_carries(out, r, own, num_classes)
     _end_stream()
-
-
-@_entry(parallel=True)
-def _cross_entropy_soft_parallel(
-    x, soft, weight, sample_weight, shape, storage, soft_storage, options, losses, out, scratch,
-    fields, partial, units, threads,
-):  # fmt: skip
-    for thread in prange(threads):
-        _cross_entropy_soft_share(
-            x, soft, weight, sample_weight, shape, storage, soft_storage, options, losses, out,
-            scratch, fields, partial, units, thread, threads,
-        )  # fmt: skip
 
 
 @_inline
@@ -1832,14 +1783,6 @@ def _backward_share(g, p, out, shape, storage, log_probs, scratch, fields, units
     _end_stream()
 
 
-@_entry(parallel=True)
-def _backward_parallel(g, p, out, shape, storage, log_probs, scratch, fields, units, threads):
-    for thread in prange(threads):
-        _backward_share(
-            g, p, out, shape, storage, log_probs, scratch, fields, units, thread, threads
-        )
-
-
 @_entry
 def _nll_share(
     log_probs, target, weight, sample_weight, shape, storage, ignore_index, losses, scratch,
@@ -1861,18 +1804,6 @@ def _nll_share(
             log_p = np.float64(_load_one(log_probs, place, storage))
             r[LOSS + i] = _times(r[ROW_WEIGHT + i], -log_p * r[TARGET_WEIGHT + i])
         partial[unit] = _deliver_losses(r, n, losses, start, scratch)
-
-
-@_entry(parallel=True)
-def _nll_parallel(
-    log_probs, target, weight, sample_weight, shape, storage, ignore_index, losses, scratch,
-    fields, partial, units, threads,
-):  # fmt: skip
-    for thread in prange(threads):
-        _nll_share(
-            log_probs, target, weight, sample_weight, shape, storage, ignore_index, losses,
-            scratch, fields, partial, units, thread, threads,
-        )  # fmt: skip
 
 
 @_entry
@@ -1897,18 +1828,6 @@ def _nll_backward_share(
             # Subtracting from 0 makes +0 of a product that is 0.
             scratch[0] = 0.0 - scale * r[TARGET_WEIGHT + i] * r[ROW_WEIGHT + i]
             _store(out, place, scratch[:1], storage, False)
-
-
-@_entry(parallel=True)
-def _nll_backward_parallel(
-    target, weight, sample_weight, shape, storage, ignore_index, scale, out, scratch, fields,
-    units, threads,
-):  # fmt: skip
-    for thread in prange(threads):
-        _nll_backward_share(
-            target, weight, sample_weight, shape, storage, ignore_index, scale, out,
-            scratch, fields, units, thread, threads,
-        )  # fmt: skip
 
 
 @_entry
@@ -1938,25 +1857,6 @@ def _check_share(
         sums[block] = -1.0 if bad else total
 
 
-@_entry(parallel=True)
-def _check_parallel(
-    target, weight, sample_weight, size, num_classes, ignore_index, sums, units, threads
-):
-    for thread in prange(threads):
-        _check_share(
-            target,
-            weight,
-            sample_weight,
-            size,
-            num_classes,
-            ignore_index,
-            sums,
-            units,
-            thread,
-            threads,
-        )
-
-
 # ---------------------------------------------------------------------------------------------
 # The functions of the contract
 # ---------------------------------------------------------------------------------------------
@@ -1970,7 +1870,7 @@ def softmax(logits, out, num_threads):
     x, storage = _flat(logits)
     shape, units, threads = _plan(logits, out, num_threads)
     arguments = (x, _flat_out(out), shape, storage, *_scratch(logits, shape, threads))
-    _run(_softmax_share, _softmax_parallel, arguments, units, threads)
+    _run(_softmax_share, arguments, units, threads)
 
 
 def log_softmax(logits, out, num_threads):
@@ -1985,7 +1885,7 @@ def _log_softmax(logits, out, log_probs, num_threads):
     x, storage = _flat(logits)
     shape, units, threads = _plan(logits, out if log_probs else None, num_threads)
     arguments = (x, _flat_out(out), shape, storage, log_probs, *_scratch(logits, shape, threads))
-    _run(_log_softmax_share, _log_softmax_parallel, arguments, units, threads)
+    _run(_log_softmax_share, arguments, units, threads)
 
 
 def softmax_backward(grad_output, probs, out, num_threads):
@@ -2002,7 +1902,7 @@ def _backward(grad_output, forward, out, log_probs, num_threads):
     shape, units, threads = _plan(forward, out, num_threads)
     arguments = (g, p, _flat_out(out), shape, storage, log_probs,
                  *_scratch(forward, shape, threads))  # fmt: skip
-    _run(_backward_share, _backward_parallel, arguments, units, threads)
+    _run(_backward_share, arguments, units, threads)
 
 
 def check_target(target, weight, sample_weight, num_classes, ignore_index, num_threads):
@@ -2014,7 +1914,7 @@ def check_target(target, weight, sample_weight, num_classes, ignore_index, num_t
         _integers(target), _or_absent(weight), _or_absent(sample_weight), size, num_classes,
         ignore_index, sums,
     )  # fmt: skip
-    _run(_check_share, _check_parallel, arguments, units, min(num_threads, units))
+    _run(_check_share, arguments, units, min(num_threads, units))
     if units == 1 and sums[0] >= 0:
         return -1, sums.item()
     if units and sums.min() < 0:
@@ -2038,7 +1938,7 @@ def cross_entropy(
         ignore_index, (label_smoothing, z_loss, scale, weight_sum),
         *_outputs(logits, losses, grad), *_scratch(logits, shape, threads), partial,
     )  # fmt: skip
-    _run(_cross_entropy_share, _cross_entropy_parallel, arguments, units, threads)
+    _run(_cross_entropy_share, arguments, units, threads)
     return _total(partial)
 
 
@@ -2054,7 +1954,7 @@ def cross_entropy_soft(
         (label_smoothing, z_loss, scale), *_outputs(logits, losses, grad),
         *_scratch(logits, shape, threads), partial,
     )  # fmt: skip
-    _run(_cross_entropy_soft_share, _cross_entropy_soft_parallel, arguments, units, threads)
+    _run(_cross_entropy_soft_share, arguments, units, threads)
     return _total(partial)
 
 
@@ -2071,13 +1971,13 @@ def nll_loss(
     rows = (_integers(target), _or_absent(weight), _or_absent(sample_weight), shape, storage)
     handed_out, out = _outputs(log_probs, losses, grad)
     _run(
-        _nll_share, _nll_parallel,
+        _nll_share,
         (x, *rows, ignore_index, handed_out, scratch, fields, partial), units, threads,
     )  # fmt: skip
     if grad is not None:  # which may be log_probs: not before these were read
         out.fill(0)
         _run(
-            _nll_backward_share, _nll_backward_parallel,
+            _nll_backward_share,
             (*rows, ignore_index, scale, out, scratch, fields), units, threads,
         )  # fmt: skip
     return _total(partial)
@@ -2162,7 +2062,7 @@ def _scratch(array, shape, threads):
     return np.empty((threads, size), _compute_dtype(array)), np.empty((threads, FIELDS + carries))
 
 
-def _run(share, parallel, arguments, units, threads):
+def _run(share, arguments, units, threads):
     """On one thread without Numba's thread pool, which a forked child must not touch."""
     if threads <= 1:
         if units:
@@ -2172,9 +2072,24 @@ def _run(share, parallel, arguments, units, threads):
         before = numba.get_num_threads()
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         try:
-            parallel(*arguments, units, threads)
+            _on_threads(_address(share, arguments), tuple(_apart(arguments)), units, threads)
         finally:
             numba.set_num_threads(before)
+
+
+def _address(share, arguments):
+    """Where the share that was compiled for such arguments lies; it is compiled on first use."""
+    signature = (*map(share.typeof_pyval, arguments), *3 * (types.intp,))
+    if signature not in share.overloads:
+        share.compile(signature)
+    compiled = share.overloads[signature]
+    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+
+
+def _apart(arguments):
+    """The arguments, and in place of tuples among them their elements."""
+    for argument in arguments:
+        yield from argument if isinstance(argument, tuple) else (argument,)
 
 
 def warmup():
