@@ -291,3 +291,24 @@ def test_the_digits_of_the_design(x, loss, backend):
     losses, grad = fl.cross_entropy_with_grad(x, [0], reduction="none", backend=backend)
     assert str(losses[0]) == loss
     assert abs(grad.astype(float).sum()) <= 1e-7 * np.abs(grad).max()
+
+
+@pytest.mark.parametrize("num_classes", [3, 400], ids=["in tiles", "in rows"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_maxima_halfway_between_two_powers_of_two(dtype, num_classes, backend):
+    """Where x / ln 2 rounds either way, all stages of a kernel must round it the same way."""
+    halfway = (np.arange(-200, 200) + 0.5) * np.log(2)
+    maxima = halfway.astype(dtype)
+    maxima = np.concatenate(
+        [np.nextafter(maxima, dtype(-1e3)), maxima, np.nextafter(maxima, dtype(1e3))]
+    )
+    logits = np.repeat(maxima[:, None] - dtype(40), num_classes, axis=1)
+    logits[:, 0] = maxima
+    logits[:, 1] = maxima - dtype(1)
+    target = np.ones(len(maxima), int)
+    losses, grad = fl.cross_entropy_with_grad(logits, target, reduction="none", backend=backend)
+    expected = 1 + np.log1p(np.exp(-1.0))
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+    np.testing.assert_allclose(grad[:, 0], 1 / (1 + np.exp(-1.0)), rtol=2e-5)
+    lse = fl.logsumexp(logits, backend=backend)
+    np.testing.assert_allclose(lse - maxima, np.log1p(np.exp(-1.0)), atol=5e-5)

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from cases import CASES, FLOATS, HALVES, SOME_LAYOUTS, Layout, by_name
 
+import fastloss as fl
+
 # Enough elements for more than one thread, in tiles, in groups of rows and in long rows.
 THREADED = [
-    Layout(*shape) for shape in [(9000, 5), (401, 100), (33, 1025), (2, 20000), (7, 70, 100)]
+    Layout(*shape)
+    for shape in [(9000, 5), (401, 100), (33, 1025), (2, 20000), (7, 70, 100), (2, 4, 9001)]
 ]
 THREADS = [1, 2, 3, 8]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -102,3 +105,28 @@ def test_out_and_in_place(case, layout, dtype, backend):
                 backend=backend, **keywords, **case.options,
             )  # fmt: skip
             assert bits([layout.rows(arrays[position], "logits")]) == fresh[-1:]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, HALVES[0]], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(*shape) for shape in [(2, 21, 200001), (280001, 31), (9, 1000003)]], ids=str
+)
+def test_large_results_that_go_past_the_caches(layout, dtype, backend):
+    """The bits of a result in place, which does not, at any place of `out` in its cache lines."""
+    if backend == "numpy":
+        pytest.skip("the reference writes as NumPy does")
+    shape = layout.arrange(np.empty((layout.n, layout.num_classes), np.int8)).shape
+    logits = np.random.default_rng(0).random(shape, np.float32).astype(dtype)
+    memory = np.empty(logits.nbytes + 128, np.uint8)
+    assert logits.nbytes >= 1 << 24
+    aligned = -memory.__array_interface__["data"][0] % 64
+    in_place = logits.copy()
+    fl.softmax(in_place, layout.axis, out=in_place, backend=backend)
+    for offset in (0, 8, 16):
+        first = aligned + offset
+        out = memory[first : first + logits.nbytes].view(dtype).reshape(shape)
+        memory[:] = 7
+        fl.softmax(logits, layout.axis, out=out, backend=backend, num_threads=3)
+        assert bits([out]) == bits([in_place])
+        assert (memory[:first] == 7).all()
+        assert (memory[first + logits.nbytes :] == 7).all()

@@ -86,6 +86,41 @@ cdef extern from *:
     static inline void fl_prefetch(const char* p) { (void)p; }
     #endif
 
+    /* float16 where the processor converts it; both return how many they did: all, or none. */
+    #if defined(__F16C__)
+    static inline ptrdiff_t fl_halves_to_floats(const uint16_t* from, float* to, ptrdiff_t n) {
+        uint16_t rest[8] = {0};
+        float last[8];
+        ptrdiff_t i = 0;
+        for (; i + 8 <= n; i += 8)
+            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+        memcpy(rest, from + i, (n - i) * sizeof *from);
+        _mm256_storeu_ps(last, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)rest)));
+        memcpy(to + i, last, (n - i) * sizeof *to);
+        return n;
+    }
+    static inline ptrdiff_t fl_floats_to_halves(const float* from, uint16_t* to, ptrdiff_t n) {
+        float rest[8] = {0};
+        uint16_t last[8];
+        ptrdiff_t i = 0;
+        for (; i + 8 <= n; i += 8)
+            _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+        memcpy(rest, from + i, (n - i) * sizeof *from);
+        _mm_storeu_si128((__m128i*)last, _mm256_cvtps_ph(_mm256_loadu_ps(rest), 0));
+        memcpy(to + i, last, (n - i) * sizeof *to);
+        return n;
+    }
+    #else
+    static inline ptrdiff_t fl_halves_to_floats(const uint16_t* from, float* to, ptrdiff_t n) {
+        (void)from; (void)to; (void)n;
+        return 0;
+    }
+    static inline ptrdiff_t fl_floats_to_halves(const float* from, uint16_t* to, ptrdiff_t n) {
+        (void)from; (void)to; (void)n;
+        return 0;
+    }
+    #endif
+
     /* A copy that goes past the caches: a large result is not read into them first. */
     static inline void fl_stream(char* to, const char* from, size_t size) {
     #if defined(__SSE2__)
@@ -118,7 +153,7 @@ cdef extern from *:
     #endif
     }
 
-    /* Eight runs of eight numbers, transposed: to[i][j] = from[j][i], for i < count. */
+    /* Eight runs of eight numbers, transposed: to[i][j] = from[j][i]. */
     #if defined(__has_builtin)
     #if __has_builtin(__builtin_shufflevector)
     #define FL_SHUFFLE __builtin_shufflevector
@@ -175,8 +210,7 @@ cdef extern from *:
     #if defined(FL_SHUFFLE)
     #define FL_TRANSPOSE(NAME, REAL) \
     typedef REAL NAME##_v __attribute__((vector_size(8 * sizeof(REAL)))); \
-    static inline void NAME(const REAL* from, ptrdiff_t from_step, REAL* to, ptrdiff_t to_step, \
-                            ptrdiff_t count) { \
+    static inline void NAME(const REAL* from, ptrdiff_t from_step, REAL* to, ptrdiff_t to_step) { \
         NAME##_v a[8], b[8]; \
         for (int i = 0; i < 8; i++) memcpy(&a[i], from + i * from_step, sizeof a[i]); \
         for (int i = 0; i < 8; i += 2) { \
@@ -193,13 +227,12 @@ cdef extern from *:
             b[i] = FL_SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11); \
             b[i + 4] = FL_SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15); \
         } \
-        for (ptrdiff_t i = 0; i < count; i++) memcpy(to + i * to_step, &b[i], sizeof b[i]); \
+        for (int i = 0; i < 8; i++) memcpy(to + i * to_step, &b[i], sizeof b[i]); \
     }
     #else
     #define FL_TRANSPOSE(NAME, REAL) \
-    static inline void NAME(const REAL* from, ptrdiff_t from_step, REAL* to, ptrdiff_t to_step, \
-                            ptrdiff_t count) { \
-        for (ptrdiff_t i = 0; i < count; i++) \
+    static inline void NAME(const REAL* from, ptrdiff_t from_step, REAL* to, ptrdiff_t to_step) { \
+        for (int i = 0; i < 8; i++) \
             for (int j = 0; j < 8; j++) to[i * to_step + j] = from[j * from_step + i]; \
     }
     #endif
@@ -210,6 +243,7 @@ cdef extern from *:
     #if (defined(__x86_64__) || defined(__amd64__)) && defined(__GNUC__)
         __builtin_cpu_init();
         int v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+              && __builtin_cpu_supports("f16c")
               && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
         int v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
               && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq")
@@ -233,14 +267,16 @@ cdef extern from *:
     void fl_leave_ieee_mode(unsigned int) noexcept nogil
     int fl_cpu_runs(int) noexcept nogil
     void fl_prefetch(const char*) noexcept nogil
+    Py_ssize_t fl_halves_to_floats(const uint16_t*, float*, Py_ssize_t) noexcept nogil
+    Py_ssize_t fl_floats_to_halves(const float*, uint16_t*, Py_ssize_t) noexcept nogil
     void fl_stream(char*, const char*, size_t) noexcept nogil
     void fl_end_stream() noexcept nogil
     double fl_sum_f(const float*) noexcept nogil
     double fl_sum_d(const double*) noexcept nogil
     float fl_max_f(const float*) noexcept nogil
     double fl_max_d(const double*) noexcept nogil
-    void fl_transpose_f(const float*, Py_ssize_t, float*, Py_ssize_t, Py_ssize_t) noexcept nogil
-    void fl_transpose_d(const double*, Py_ssize_t, double*, Py_ssize_t, Py_ssize_t) noexcept nogil
+    void fl_transpose_f(const float*, Py_ssize_t, float*, Py_ssize_t) noexcept nogil
+    void fl_transpose_d(const double*, Py_ssize_t, double*, Py_ssize_t) noexcept nogil
     const double INFINITY
     const double NAN
 
@@ -257,6 +293,9 @@ cdef enum:
     RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
     SHORT_ROW = 300  # rows of at most so many classes go into tiles, samples in the SIMD lanes
     GROUP = 8192  # elements of the rows that make up one unit of work
+    WIDE = 16384  # elements of the tiles that make up one unit of work, where runs may be long
+    MOST_TILES = 8  # of a unit
+    FEWEST_UNITS = 32  # that are to be left when tiles are put together
     FAR = 65536  # the most elements that are fetched ahead of their use
     CHECK_BLOCK = 4096  # targets that one unit of check_target reads
     LINE = 64  # bytes of a cache line
@@ -282,6 +321,8 @@ cdef struct Job:
     int target_kind  # 0 to 3: signed, of 1 << kind bytes; 4 to 7: unsigned
     int64_t ignore_index
     const double* weight
+    const void* relative_weight  # weight / largest_weight, in the compute type
+    double largest_weight  # 1 without weights
     double weight_sum
     const double* sample_weight
     double smoothing, z_loss, scale
@@ -289,6 +330,7 @@ cdef struct Job:
     double* partial  # the sum of the losses of each unit
     bint tiles
     Py_ssize_t group  # rows in a unit of work
+    Py_ssize_t step  # from a class to the next in the tiles of a unit
 
 
 cdef struct Carry:
@@ -339,8 +381,9 @@ cdef enum Operation:
 # final product rounds it, once. Rows whose maximum is large use x - maximum, which is exact there
 # for all classes that are not negligible.
 
-cdef inline int shift_of(real unused) noexcept nogil:
-    return 32 if real is float else 64
+cdef inline real power_of(real unused) noexcept nogil:
+    """What an exponential loses in narrow_factor: 2**-SHIFT."""
+    return 2.3283064365386963e-10 if real is float else 5.421010862427522e-20
 
 
 cdef inline double tiny_of(real unused) noexcept nogil:
@@ -500,17 +543,35 @@ cdef inline const real* load_block(
     Storage storage, const char* data, Py_ssize_t start, Py_ssize_t n, real* buffer
 ) noexcept nogil:
     """Elements start to start + n in the compute type: in place, or converted into buffer."""
-    cdef const uint16_t* halves = (<const uint16_t*>data) + start
+    if itemsize(storage) != 2:
+        return (<const real*>data) + start
+    if real is float:
+        widen_halves(storage, (<const uint16_t*>data) + start, n, buffer)
+    return buffer
+
+
+cdef inline void widen_halves(
+    Storage storage, const uint16_t* halves, Py_ssize_t n, float* to
+) noexcept nogil:
     cdef Py_ssize_t i
     if storage == FLOAT16:
+        for i in range(fl_halves_to_floats(halves, to, n), n):
+            to[i] = half_to_float(halves[i])
+    else:
         for i in range(n):
-            buffer[i] = half_to_float(halves[i])
-        return buffer
-    if storage == BFLOAT16:
+            to[i] = bfloat_to_float(halves[i])
+
+
+cdef inline void narrow_floats(
+    Storage storage, const float* values, Py_ssize_t n, uint16_t* to
+) noexcept nogil:
+    cdef Py_ssize_t i
+    if storage == FLOAT16:
+        for i in range(fl_floats_to_halves(values, to, n), n):
+            to[i] = float_to_half(values[i])
+    else:
         for i in range(n):
-            buffer[i] = bfloat_to_float(halves[i])
-        return buffer
-    return (<const real*>data) + start
+            to[i] = float_to_bfloat(values[i])
 
 
 cdef inline void copy_out(const Job* job, char* to, const void* values, size_t size) noexcept nogil:
@@ -526,19 +587,15 @@ cdef inline void store(
     """Write elements start to start + n of out."""
     cdef uint16_t halves[BLOCK]
     cdef char* to = job.out + start * itemsize(job.storage)
-    cdef Py_ssize_t b, first, i, width
+    cdef Py_ssize_t b, first, width
     if itemsize(job.storage) != 2:
         copy_out(job, to, values, n * sizeof(real))
         return
     for b in range(blocks_in(n)):
         first = b * BLOCK
         width = min(n - first, <Py_ssize_t>BLOCK)
-        if job.storage == FLOAT16:
-            for i in range(width):
-                halves[i] = float_to_half(<float>values[first + i])
-        else:
-            for i in range(width):
-                halves[i] = float_to_bfloat(<float>values[first + i])
+        if real is float:
+            narrow_floats(job.storage, values + first, width, halves)
         copy_out(job, to + first * 2, halves, width * 2)
 
 
@@ -575,20 +632,16 @@ cdef inline void stream_run(
 cdef inline void store_run(
     const Job* job, Carry* carry, Py_ssize_t start, Py_ssize_t n, const real* values
 ) noexcept nogil:
-    """Write elements start to start + n of out, at most LANES, that a later run may go on from."""
-    cdef uint16_t halves[LANES]
+    """Write elements start to start + n of out, at most BLOCK, that a later run may go on from."""
+    cdef uint16_t halves[BLOCK]
     cdef char* to = job.out + start * itemsize(job.storage)
-    cdef Py_ssize_t i
     if not job.stream:
         store(job, start, n, values)
     elif itemsize(job.storage) != 2:
         stream_run(carry, to, <const char*>values, n * sizeof(real))
     else:
-        for i in range(n):
-            if job.storage == FLOAT16:
-                halves[i] = float_to_half(<float>values[i])
-            else:
-                halves[i] = float_to_bfloat(<float>values[i])
+        if real is float:
+            narrow_floats(job.storage, values, n, halves)
         stream_run(carry, to, <const char*>halves, n * 2)
 
 
@@ -720,93 +773,87 @@ cdef inline double dot_lanes(const real* a, const real* b, Py_ssize_t n) noexcep
     return fold(lane)
 
 
-cdef inline double gap_term(double weight, double m, double x) noexcept nogil:
+cdef inline real gap_term(real weight, real m, real x) noexcept nogil:
     """weight * (m - x), where 0 * inf counts as 0."""
-    return 0.0 if weight == 0.0 else weight * (m - x)
+    return <real>0.0 if weight == 0 else weight * (m - x)
+
+
+cdef inline bint is_finite(double x) noexcept nogil:
+    return x - x == 0.0
 
 
 cdef inline double gap_block(
-    const real* x, const double* weight, Py_ssize_t n, real m
+    const real* x, const real* weight, Py_ssize_t n, real m
 ) noexcept nogil:
-    """sum of w_c (m - x_c); in float64 with weights, or where it leaves the range of x."""
-    cdef double lane[CHUNK]
-    cdef real narrow[CHUNK]
+    """sum of w_c (m - x_c), w_c relative; in float64 where it leaves the range of x."""
+    cdef double wide[CHUNK]
+    cdef real lane[CHUNK]
     cdef double total
     cdef Py_ssize_t chunk, i, j, width
-    if weight == NULL:
-        for j in range(CHUNK):
-            narrow[j] = 0
-        for chunk in range(n // CHUNK):
-            i = chunk * CHUNK
-            for j in range(CHUNK):
-                narrow[j] += m - x[i + j]
-        for j in range(n - n % CHUNK, n):
-            narrow[j % CHUNK] += m - x[j]
-        total = fold(narrow)
-        if total - total == 0.0:
-            return total
     for j in range(CHUNK):
-        lane[j] = 0.0
+        lane[j] = 0
+        wide[j] = 0.0
+    for chunk in range(n // CHUNK):
+        i = chunk * CHUNK
+        if weight == NULL:
+            for j in range(CHUNK):
+                lane[j] += m - x[i + j]
+        else:
+            for j in range(CHUNK):
+                lane[j] += gap_term(weight[i + j], m, x[i + j])
+    for j in range(n - n % CHUNK, n):
+        lane[j % CHUNK] += m - x[j] if weight == NULL else gap_term(weight[j], m, x[j])
+    total = fold(lane)
+    if is_finite(total):
+        return total
     for chunk in range((n + CHUNK - 1) // CHUNK):
         i = chunk * CHUNK
         width = min(n - i, <Py_ssize_t>CHUNK)
-        if weight == NULL:
-            for j in range(width):
-                lane[j] += <double>m - <double>x[i + j]
-        else:
-            for j in range(width):
-                lane[j] += gap_term(weight[i + j], m, x[i + j])
-    return fold(lane)
+        for j in range(width):
+            wide[j] += gap_term(<double>1.0 if weight == NULL else <double>weight[i + j],
+                                <double>m, <double>x[i + j])
+    return fold(wide)
 
 
 cdef inline void soft_block(
     const Job* job, const real* x, const real* t, Py_ssize_t start, Py_ssize_t n, real m,
     double* gap, double* mass,
 ) noexcept nogil:
-    """Add the sums of w_c t_c (m - x_c) and of w_c t_c over classes start to start + n."""
-    cdef double gap_lane[CHUNK]
-    cdef double mass_lane[CHUNK]
-    cdef real narrow_gap[CHUNK]
-    cdef real narrow_mass[CHUNK]
-    cdef double wt, total
-    cdef real q
-    cdef const double* weight = job.weight + start
-    cdef double kept = 1.0 - job.smoothing, uniform = job.smoothing / job.num_classes
-    cdef real narrow_kept = <real>kept, narrow_uniform = <real>uniform
+    """Add the sums of w_c t_c (m - x_c) and of w_c t_c, classes start to start + n, w_c relative."""
+    cdef double wide[CHUNK]
+    cdef real gap_lane[CHUNK]
+    cdef real mass_lane[CHUNK]
+    cdef const real* weight = <const real*>job.relative_weight + start
+    cdef real keep = <real>(1.0 - job.smoothing), uniform = <real>(job.smoothing / job.num_classes)
+    cdef real wt
+    cdef double total
     cdef Py_ssize_t chunk, i, j, width
-    if job.weight == NULL:
-        for j in range(CHUNK):
-            narrow_gap[j] = narrow_mass[j] = 0
-        for chunk in range((n + CHUNK - 1) // CHUNK):
-            i = chunk * CHUNK
-            width = min(n - i, <Py_ssize_t>CHUNK)
-            for j in range(width):
-                q = narrow_kept * t[i + j] + narrow_uniform
-                narrow_mass[j] += q
-                narrow_gap[j] += <real>0.0 if q == 0 else q * (m - x[i + j])
-        total = fold(narrow_gap)
-        if total - total == 0.0:
-            gap[0] += total
-            mass[0] += fold(narrow_mass)
-            return
-    # In float64 with weights, or where the sum leaves the range of x.
     for j in range(CHUNK):
-        gap_lane[j] = mass_lane[j] = 0.0
+        gap_lane[j] = mass_lane[j] = 0
+        wide[j] = 0.0
     for chunk in range((n + CHUNK - 1) // CHUNK):
         i = chunk * CHUNK
         width = min(n - i, <Py_ssize_t>CHUNK)
         if job.weight == NULL:
             for j in range(width):
-                wt = kept * t[i + j] + uniform
+                wt = keep * t[i + j] + uniform
                 mass_lane[j] += wt
                 gap_lane[j] += gap_term(wt, m, x[i + j])
         else:
             for j in range(width):
-                wt = weight[i + j] * (kept * t[i + j] + uniform)
+                wt = weight[i + j] * (keep * t[i + j] + uniform)
                 mass_lane[j] += wt
                 gap_lane[j] += gap_term(wt, m, x[i + j])
-    gap[0] += fold(gap_lane)
     mass[0] += fold(mass_lane)
+    total = fold(gap_lane)
+    if not is_finite(total):  # in float64 where it leaves the range of x
+        for j in range(n):
+            wt = keep * t[j] + uniform
+            if job.weight != NULL:
+                wt *= weight[j]
+            wide[j % CHUNK] += gap_term(<double>wt, <double>m, <double>x[j])
+        total = fold(wide)
+    gap[0] += total
 
 
 # ---------------------------------------------------------------------------------------------
@@ -962,12 +1009,12 @@ cdef void read_sample_weights(
         r.row_weight[i] = 1.0 if job.sample_weight == NULL else job.sample_weight[first + i]
 
 
-cdef void deliver_losses(
-    const Job* job, Py_ssize_t unit, Py_ssize_t n, const double* loss
+cdef double deliver_losses(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, const double* loss
 ) noexcept nogil:
     """Round row losses to the compute dtype, hand them out, sum what was handed out."""
     cdef double rounded[LANES]
-    cdef Py_ssize_t i, first = unit * job.group
+    cdef Py_ssize_t i
     for i in range(LANES):
         rounded[i] = 0.0
     if job.storage == FLOAT64:
@@ -981,7 +1028,7 @@ cdef void deliver_losses(
                 (<double*>job.losses)[first + i] = rounded[i]
             else:
                 (<float*>job.losses)[first + i] = <float>rounded[i]
-    job.partial[unit] = fold_lanes(rounded)
+    return fold_lanes(rounded)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1062,15 +1109,12 @@ cdef inline void scale_row(real* e, Py_ssize_t n, double factor) noexcept nogil:
 
 cdef inline real narrow_factor(real* e, Py_ssize_t n, double factor) noexcept nogil:
     """The factor in the compute type, the power of two that it cannot hold moved to e."""
-    cdef real one = 1
-    cdef int i
+    cdef real power = power_of(e[0])
     cdef Py_ssize_t j
-    if -tiny_of(one) < factor < tiny_of(one) and factor != 0.0:
-        for i in range(shift_of(one)):
-            factor *= 2.0
-            one *= <real>0.5
+    if -tiny_of(power) < factor < tiny_of(power) and factor != 0.0:
+        factor /= power
         for j in range(n):
-            e[j] *= one
+            e[j] *= power
     return <real>factor
 
 
@@ -1080,9 +1124,8 @@ cdef inline void write_row(
 ) noexcept nogil:
     """From exponentials to the gradient: factor * e_c - spread * w_c t_c, and left_out at index."""
     cdef const real* t
-    cdef const double* w
-    cdef double spread = r.spread[i], keep = 1.0 - job.smoothing
-    cdef double uniform = job.smoothing / job.num_classes
+    cdef const real* w = <const real*>job.relative_weight
+    cdef double spread = r.spread[i] * job.largest_weight
     cdef real f, on_target, on_all
     cdef Py_ssize_t b, c, j, n, num_classes = job.num_classes
     if r.row_weight[i] == 0.0:
@@ -1098,11 +1141,12 @@ cdef inline void write_row(
         for j in range(num_classes):
             e[j] = e[j] * f - on_all
     elif job.other == NULL:
-        w = job.weight
+        on_all = <real>spread
         for j in range(num_classes):
-            e[j] = e[j] * f - <real>(spread * w[j])
+            e[j] = e[j] * f - on_all * w[j]
     else:
-        on_target, on_all = <real>(spread * keep), <real>(spread * uniform)
+        on_target = <real>(spread * (1.0 - job.smoothing))
+        on_all = <real>(spread * job.smoothing / job.num_classes)
         for b in range(blocks_in(num_classes)):
             c = b * BLOCK
             n = min(num_classes - c, <Py_ssize_t>BLOCK)
@@ -1112,9 +1156,8 @@ cdef inline void write_row(
                 for j in range(n):
                     e[c + j] = e[c + j] * f - (on_target * t[j] + on_all)
             else:
-                w = job.weight + c
                 for j in range(n):
-                    e[c + j] = e[c + j] * f - <real>(spread * w[j] * (keep * t[j] + uniform))
+                    e[c + j] = e[c + j] * f - w[c + j] * (on_target * t[j] + on_all)
     e[index] = <real>r.left_out[i]
 
 
@@ -1203,7 +1246,7 @@ cdef void cross_entropy_rows(
             y[i] = find_in_row(job, x, m, scratch)
             soft_sums(job, first + i, i, &r, m, y[i], scratch)
         elif job.smoothing != 0.0:
-            r.gap[i] = gap_of_row(job, x, m, scratch)
+            r.gap[i] = job.largest_weight * gap_of_row(job, x, m, scratch)
         if job.out != NULL:
             e = kept_row(job, i, scratch)
         r.target_logit[i] = load_block(job.storage, x, y[i], 1, scratch)[0]
@@ -1213,7 +1256,7 @@ cdef void cross_entropy_rows(
         cross_entropy_step(job, &r, n)
     else:
         cross_entropy_soft_step(job, &r, n)
-    deliver_losses(job, unit, n, r.loss)
+    job.partial[unit] = deliver_losses(job, first, n, r.loss)
     if job.out == NULL:
         return
     for i in range(n):
@@ -1222,14 +1265,14 @@ cdef void cross_entropy_rows(
 
 
 cdef double gap_of_row(const Job* job, const char* x, real m, real* scratch) noexcept nogil:
-    cdef const double* weight = NULL
+    cdef const real* weight = NULL
     cdef double gap = 0.0
     cdef Py_ssize_t b, c, n
     for b in range(blocks_in(job.num_classes)):
         c = b * BLOCK
         n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
         if job.weight != NULL:
-            weight = job.weight + c
+            weight = <const real*>job.relative_weight + c
         gap += gap_block(load_block(job.storage, x, c, n, scratch), weight, n, m)
     return gap
 
@@ -1254,6 +1297,9 @@ cdef void soft_sums(
             soft_block(job, block + k, t + k, index, 1, m, &r.gap[i], &r.top_mass[i])
             k += 1
         soft_block(job, block + k, t + k, c + k, n - k, m, &r.gap[i], &r.mass[i])
+    r.gap[i] *= job.largest_weight
+    r.mass[i] *= job.largest_weight
+    r.top_mass[i] *= job.largest_weight
 
 
 cdef void backward_rows(
@@ -1317,27 +1363,33 @@ cdef inline double unit_of(real m) noexcept nogil:
 # ---------------------------------------------------------------------------------------------
 # Tiles: samples in the SIMD lanes
 # ---------------------------------------------------------------------------------------------
-# A unit is LANES samples that follow each other in (outer, inner) order, held in scratch as
-# [class][lane]; lanes without a sample hold zeros. Scratch: the samples one after the other, as
-# rows, and two tiles; transposing moves eight by eight, and may go seven beyond either. Then the
-# carries, for runs of output that begin and end within a cache line.
+# A tile is LANES samples that follow each other in (outer, inner) order, held in scratch as
+# [class][lane]; lanes without a sample hold zeros. A unit is one tile, or, where samples lie next
+# to each other in memory, several side by side, so that runs of memory are longer. Scratch: room
+# for samples one after the other, as rows, then the unit's tiles, twice; transposing moves eight by
+# eight, and may go seven beyond either. Then the carries, for runs of output that begin and end
+# within a cache line.
 
 cdef inline void transpose(
-    const real* source, Py_ssize_t source_step, real* to, Py_ssize_t to_step, Py_ssize_t count
+    const real* source, Py_ssize_t source_step, real* to, Py_ssize_t to_step
 ) noexcept nogil:
     if real is float:
-        fl_transpose_f(source, source_step, to, to_step, count)
+        fl_transpose_f(source, source_step, to, to_step)
     else:
-        fl_transpose_d(source, source_step, to, to_step, count)
+        fl_transpose_d(source, source_step, to, to_step)
 
 
 cdef inline real* tile_of(const Job* job, real* scratch) noexcept nogil:
     return scratch + (job.num_classes + 1) * LANES
 
 
+cdef inline real* other_tile_of(const Job* job, real* scratch) noexcept nogil:
+    return tile_of(job, scratch) + (job.num_classes + 8) * job.step
+
+
 cdef inline Py_ssize_t tile_numbers(const Job* job) noexcept nogil:
     """What a unit of tiles needs of scratch; the carries, one a class, lie behind it."""
-    return (job.num_classes + 1 + 2 * (job.num_classes + 8)) * LANES
+    return (job.num_classes + 1) * LANES + 2 * (job.num_classes + 8) * job.step
 
 
 cdef inline Carry* carries_of(const Job* job, real* scratch) noexcept nogil:
@@ -1363,14 +1415,14 @@ cdef inline void flush_carries(const Job* job, real* scratch) noexcept nogil:
                 flush(carry)
 
 
-cdef inline void load_tile(
+cdef inline void load_tiles(
     const Job* job, Storage storage, const char* data, Py_ssize_t unit, real* tile, real* buffer
 ) noexcept nogil:
-    cdef Py_ssize_t C = job.num_classes, inner = job.inner
-    cdef Py_ssize_t first = unit * LANES
-    cdef Py_ssize_t n = min(job.rows - first, <Py_ssize_t>LANES)
-    cdef Py_ssize_t lane = 0, width, c, j, o, i, start
+    cdef Py_ssize_t C = job.num_classes, inner = job.inner, step = job.step
+    cdef Py_ssize_t first = unit * job.group, n = rows_in_unit(job, unit)
+    cdef Py_ssize_t lane = 0, width, c, o, i
     cdef const real* line
+    cdef real* to
     if inner == 1:
         line = load_block(storage, data, first * C, n * C, buffer)
         if line != buffer and (first + LANES) * C + 8 > job.rows * C:
@@ -1382,33 +1434,32 @@ cdef inline void load_tile(
             memset(buffer + n * C, 0, (LANES - n) * C * sizeof(real))
         for lane in range(0, LANES, 8):
             for c in range(0, C, 8):
-                transpose(line + lane * C + c, C, tile + c * LANES + lane, LANES,
-                          min(C - c, <Py_ssize_t>8))
+                transpose(line + lane * C + c, C, tile + c * step + lane, step)
         return
-    if n < LANES:
-        memset(tile, 0, C * LANES * sizeof(real))
+    if n < job.group:
+        memset(tile, 0, C * step * sizeof(real))
     while lane < n:
         o, i = (first + lane) // inner, (first + lane) % inner
         width = min(n - lane, inner - i)
         for c in range(C):
-            start = (o * C + c) * inner + i
-            line = load_block(storage, data, start, width, buffer)
-            memcpy(tile + c * LANES + lane, line, width * sizeof(real))
+            to = tile + c * step + lane
+            line = load_block(storage, data, (o * C + c) * inner + i, width, to)
+            if line != to:
+                memcpy(to, line, width * sizeof(real))
         lane += width
 
 
-cdef inline void store_tile(
+cdef inline void store_tiles(
     const Job* job, Py_ssize_t unit, const real* tile, real* buffer
 ) noexcept nogil:
-    cdef Py_ssize_t C = job.num_classes, inner = job.inner
-    cdef Py_ssize_t first = unit * LANES
-    cdef Py_ssize_t n = min(job.rows - first, <Py_ssize_t>LANES)
+    cdef Py_ssize_t C = job.num_classes, inner = job.inner, step = job.step
+    cdef Py_ssize_t first = unit * job.group, n = rows_in_unit(job, unit)
     cdef Py_ssize_t lane = 0, width, c, o, i
     if inner == 1:
         # From the last classes to the first: what goes beyond a row is written over by the next.
         for lane in range(0, LANES, 8):
             for c in range((C - 1) // 8 * 8, -1, -8):
-                transpose(tile + c * LANES + lane, LANES, buffer + lane * C + c, C, 8)
+                transpose(tile + c * step + lane, step, buffer + lane * C + c, C)
         store(job, first * C, n * C, buffer)
         return
     while lane < n:
@@ -1416,27 +1467,32 @@ cdef inline void store_tile(
         width = min(n - lane, inner - i)
         for c in range(C):
             store_run(job, carries_of(job, buffer) + c, (o * C + c) * inner + i, width,
-                      tile + c * LANES + lane)
+                      tile + c * step + lane)
         lane += width
 
 
 cdef inline void clear_dead_lanes(const Job* job, const Rows* r, real* tile) noexcept nogil:
     """Nothing of a row that counts for nothing, a NaN least of all, gets through."""
-    cdef Py_ssize_t c, lane
+    cdef Py_ssize_t step = job.step, c, lane
+    cdef int dead = 0
+    for lane in range(LANES):
+        dead |= r.row_weight[lane] == 0.0
+    if not dead:
+        return
     for lane in range(LANES):
         if r.row_weight[lane] == 0.0:
             for c in range(job.num_classes):
-                tile[c * LANES + lane] = 0
+                tile[c * step + lane] = 0
 
 
 cdef inline void largest_in_lanes(const Job* job, const real* tile, real* maximum) noexcept nogil:
     cdef real m[LANES]
-    cdef Py_ssize_t c, j
+    cdef Py_ssize_t step = job.step, c, j
     for j in range(LANES):
         m[j] = <real>-INFINITY
     for c in range(job.num_classes):
         for j in range(LANES):
-            m[j] = tile[c * LANES + j] if tile[c * LANES + j] > m[j] else m[j]
+            m[j] = tile[c * step + j] if tile[c * step + j] > m[j] else m[j]
     for j in range(LANES):
         maximum[j] = m[j]
 
@@ -1448,24 +1504,25 @@ cdef inline void find_in_lanes(
     cdef real m[LANES]
     cdef int32_t k[LANES]
     cdef int32_t c
-    cdef Py_ssize_t j
+    cdef Py_ssize_t step = job.step, j
     for j in range(LANES):
         m[j] = maximum[j]
         k[j] = 0
     for c in range(<int32_t>job.num_classes - 1, -1, -1):
         for j in range(LANES):
-            k[j] = c if tile[c * LANES + j] == m[j] else k[j]
+            k[j] = c if tile[c * step + j] == m[j] else k[j]
     for j in range(LANES):
         index[j] = k[j]
 
 
 cdef inline void exp_tile(
-    const Job* job, Py_ssize_t unit, real* tile, const real* maximum, const int32_t* index,
+    const Job* job, Py_ssize_t first, real* tile, const real* maximum, const int32_t* index,
     bint keep, Rows* r,
 ) noexcept nogil:
     """Sums of exponentials without class index; if keep, they take the place of the scores.
 
-    Meanwhile the scores of the next unit are fetched, so that memory is never idle.
+    Meanwhile the scores of the unit after that of row `first` are fetched, so that memory is
+    never idle.
     """
     cdef real pivot[LANES]
     cdef real magic[LANES]
@@ -1474,10 +1531,10 @@ cdef inline void exp_tile(
     cdef real lane[LANES]
     cdef double total[LANES]
     cdef int32_t hole[LANES]
-    cdef Py_ssize_t first = (unit + 1) * LANES, size = itemsize(job.storage)
-    cdef Py_ssize_t step = (LANES if job.inner == 1 else job.inner) * size
+    cdef Py_ssize_t size = itemsize(job.storage), step = job.step, next = first + job.group
+    cdef Py_ssize_t later_step = (LANES if job.inner == 1 else job.inner) * size
     cdef const char* later = job.logits + size * (
-        first // job.inner * job.num_classes * job.inner + first % job.inner)
+        next // job.inner * job.num_classes * job.inner + next % job.inner)
     cdef int32_t c
     cdef Py_ssize_t j
     for j in range(LANES):
@@ -1488,14 +1545,14 @@ cdef inline void exp_tile(
         lane[j] = 0
         total[j] = 0.0
     for c in range(<int32_t>job.num_classes):
-        fetch(later + c * step, LANES * size)
+        fetch(later + c * later_step, LANES * size)
         for j in range(LANES):
-            line[j] = exponential(tile[c * LANES + j], pivot[j], magic[j], lowest[j])
+            line[j] = exponential(tile[c * step + j], pivot[j], magic[j], lowest[j])
         for j in range(LANES):
             lane[j] += <real>0 if hole[j] == c else line[j]
         if keep:
             for j in range(LANES):
-                tile[c * LANES + j] = line[j]
+                tile[c * step + j] = line[j]
         if c % RUN == RUN - 1:
             for j in range(LANES):
                 total[j] += lane[j]
@@ -1507,21 +1564,24 @@ cdef inline void exp_tile(
 
 cdef inline void narrow_factors(const Job* job, real* tile, const Rows* r, real* f) noexcept nogil:
     """The factors in the compute type, the power of two that it cannot hold moved to the tile."""
-    cdef real one = 1, power = 1
+    cdef real power = power_of(tile[0]), tiny = tiny_of(tile[0])
     cdef bint small = False
-    cdef Py_ssize_t c, j
+    cdef Py_ssize_t step = job.step, c, j
     for j in range(LANES):
         f[j] = <real>r.factor[j]
-        small |= (-tiny_of(one) < r.factor[j]) & (r.factor[j] < tiny_of(one)) & (r.factor[j] != 0)
+        small |= (-tiny < r.factor[j]) & (r.factor[j] < tiny) & (r.factor[j] != 0)
     if not small:
         return
-    for j in range(shift_of(one)):
-        power *= <real>0.5
     for j in range(LANES):
-        if -tiny_of(one) < r.factor[j] < tiny_of(one):
+        if -tiny < r.factor[j] < tiny:
             f[j] = <real>(r.factor[j] / power)
             for c in range(job.num_classes):
-                tile[c * LANES + j] *= power
+                tile[c * step + j] *= power
+
+
+cdef inline real weight_of(const Job* job, Py_ssize_t c, real unused) noexcept nogil:
+    """The weight of a class, relative to the largest."""
+    return <real>1.0 if job.weight == NULL else (<const real*>job.relative_weight)[c]
 
 
 cdef inline void scale_tile(
@@ -1530,119 +1590,112 @@ cdef inline void scale_tile(
     """From exponentials to the gradient: factor * e_c - spread * w_c t_c, and left_out at index."""
     cdef real f[LANES]
     cdef real left_out[LANES]
-    cdef double spread[LANES]
+    cdef real on_target[LANES]
+    cdef real on_all[LANES]
     cdef int32_t hole[LANES]
-    cdef double keep = 1.0 - job.smoothing, uniform = job.smoothing / job.num_classes, w
+    cdef double keep = 1.0 - job.smoothing, uniform = job.smoothing / job.num_classes, spread
+    cdef real w
     cdef int32_t c
-    cdef Py_ssize_t j
+    cdef Py_ssize_t step = job.step, j
     narrow_factors(job, tile, r, f)
     for j in range(LANES):
-        spread[j] = r.spread[j]
+        spread = r.spread[j] * job.largest_weight
+        on_target[j] = <real>(spread * keep)
+        on_all[j] = <real>(spread if targets == NULL else spread * uniform)
         left_out[j] = <real>r.left_out[j]
         hole[j] = index[j]
     for c in range(<int32_t>job.num_classes):
-        w = 1.0 if job.weight == NULL else job.weight[c]
+        w = weight_of(job, c, left_out[0])
         if targets != NULL:
             for j in range(LANES):
-                tile[c * LANES + j] = tile[c * LANES + j] * f[j] - <real>(
-                    spread[j] * w * (keep * targets[c * LANES + j] + uniform))
+                tile[c * step + j] = tile[c * step + j] * f[j] - w * (
+                    on_target[j] * targets[c * step + j] + on_all[j])
         elif job.smoothing != 0.0:
             for j in range(LANES):
-                tile[c * LANES + j] = tile[c * LANES + j] * f[j] - <real>(spread[j] * w)
+                tile[c * step + j] = tile[c * step + j] * f[j] - w * on_all[j]
         else:
             for j in range(LANES):
-                tile[c * LANES + j] *= f[j]
+                tile[c * step + j] *= f[j]
         # In passing: numbers put one by one into the tile would hold up who then reads vectors.
         for j in range(LANES):
-            tile[c * LANES + j] = left_out[j] if hole[j] == c else tile[c * LANES + j]
+            tile[c * step + j] = left_out[j] if hole[j] == c else tile[c * step + j]
 
 
 cdef void softmax_tile(
-    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+    const Job* job, Operation operation, Py_ssize_t first, real* tile, real* buffer
 ) noexcept nogil:
     """softmax, log_softmax and logsumexp."""
     cdef Rows r
     cdef real maximum[LANES]
     cdef real log_s[LANES]
     cdef int32_t index[LANES]
-    cdef real* buffer = scratch
-    cdef real* tile = tile_of(job, scratch)
-    cdef Py_ssize_t c, j
-    load_tile(job, job.storage, job.logits, unit, tile, buffer)
+    cdef Py_ssize_t c, j, step = job.step
     largest_in_lanes(job, tile, maximum)
     if operation == SOFTMAX:
         for j in range(LANES):
             index[j] = -1
-        exp_tile(job, unit, tile, maximum, index, True, &r)
+        exp_tile(job, first, tile, maximum, index, True, &r)
         for j in range(LANES):
             log_s[j] = <real>(1.0 / r.others[j])
         for c in range(job.num_classes):
             for j in range(LANES):
-                tile[c * LANES + j] *= log_s[j]
-        store_tile(job, unit, tile, buffer)
+                tile[c * step + j] *= log_s[j]
         return
     find_in_lanes(job, tile, maximum, index)
-    exp_tile(job, unit, tile, maximum, index, False, &r)
+    exp_tile(job, first, tile, maximum, index, False, &r)
     for j in range(LANES):
         r.target_logit[j] = r.maximum[j]
-    add_exponentials(&r, LANES, scratch[0])
+    add_exponentials(&r, LANES, tile[0])
     for j in range(LANES):
         r.loss[j] = log1p_of(r.others[j] / r.top[j])
     if operation == LOGSUMEXP:
         for j in range(LANES):
             buffer[j] = <real>(r.maximum[j] + r.loss[j])
-        store(job, unit * LANES, min(job.rows - unit * LANES, <Py_ssize_t>LANES), buffer)
+        store(job, first, min(job.rows - first, <Py_ssize_t>LANES), buffer)
         return
     for j in range(LANES):
         log_s[j] = <real>r.loss[j]
     for c in range(job.num_classes):
         for j in range(LANES):
-            tile[c * LANES + j] = (tile[c * LANES + j] - maximum[j]) - log_s[j]
-    store_tile(job, unit, tile, buffer)
+            tile[c * step + j] = (tile[c * step + j] - maximum[j]) - log_s[j]
 
 
-cdef void cross_entropy_tile(
-    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+cdef double cross_entropy_tile(
+    const Job* job, Operation operation, Py_ssize_t first, real* tile, const real* targets
 ) noexcept nogil:
+    """From the scores to the gradient, if it is wanted; the sum of the losses."""
     cdef Rows r
     cdef int64_t y[LANES]
     cdef int32_t index[LANES]
     cdef real maximum[LANES]
-    cdef real* buffer = scratch
-    cdef real* tile = tile_of(job, scratch)
-    cdef real* targets = NULL
-    cdef Py_ssize_t j, n = min(job.rows - unit * LANES, <Py_ssize_t>LANES)
+    cdef Py_ssize_t j, n = min(job.rows - first, <Py_ssize_t>LANES)
     for j in range(n, LANES):
         y[j] = 0
         r.row_weight[j] = r.target_weight[j] = 0.0
-    load_tile(job, job.storage, job.logits, unit, tile, buffer)
     if operation == CROSS_ENTROPY:
-        read_targets(job, unit * LANES, n, y, &r)
+        read_targets(job, first, n, y, &r)
         for j in range(LANES):
             index[j] = <int32_t>y[j]
     else:
-        read_sample_weights(job, unit * LANES, n, &r)
-        targets = tile + (job.num_classes + 8) * LANES
-        load_tile(job, job.other_storage, job.other, unit, targets, buffer)
+        read_sample_weights(job, first, n, &r)
     clear_dead_lanes(job, &r, tile)
     largest_in_lanes(job, tile, maximum)
     if operation == CROSS_ENTROPY_SOFT:
         find_in_lanes(job, tile, maximum, index)
     for j in range(LANES):
-        r.target_logit[j] = tile[index[j] * LANES + j]
+        r.target_logit[j] = tile[index[j] * job.step + j]
         r.gap[j] = 0.0
     if operation == CROSS_ENTROPY_SOFT or job.smoothing != 0.0:
         gaps_of_tile(job, tile, targets, maximum, index, &r)
-    exp_tile(job, unit, tile, maximum, index, job.out != NULL, &r)
-    add_exponentials(&r, LANES, scratch[0])
+    exp_tile(job, first, tile, maximum, index, job.out != NULL, &r)
+    add_exponentials(&r, LANES, tile[0])
     if operation == CROSS_ENTROPY:
         cross_entropy_step(job, &r, LANES)
     else:
         cross_entropy_soft_step(job, &r, LANES)
-    deliver_losses(job, unit, n, r.loss)
     if job.out != NULL:
         scale_tile(job, tile, targets, &r, index)
-        store_tile(job, unit, tile, buffer)
+    return deliver_losses(job, first, n, r.loss)
 
 
 cdef inline void gaps_of_tile(
@@ -1650,37 +1703,62 @@ cdef inline void gaps_of_tile(
     const int32_t* index, Rows* r,
 ) noexcept nogil:
     """sum w_c t_c (m - x_c), the sum of w_c t_c without the maximum, and its w_k t_k."""
-    cdef double gap[LANES]
-    cdef double mass[LANES]
-    cdef double m[LANES]
+    cdef real gap[LANES]
+    cdef real mass[LANES]
+    cdef real m[LANES]
+    cdef double total_gap[LANES]
+    cdef double total_mass[LANES]
     cdef int32_t hole[LANES]
-    cdef double keep = 1.0 - job.smoothing, uniform = job.smoothing / job.num_classes, w, wt
+    cdef real keep = <real>(1.0 - job.smoothing), uniform = <real>(job.smoothing / job.num_classes)
+    cdef real w, wt
     cdef int32_t c
-    cdef Py_ssize_t j
+    cdef int bad = 0
+    cdef Py_ssize_t step = job.step, j
     for j in range(LANES):
-        gap[j] = mass[j] = 0.0
+        gap[j] = mass[j] = 0
+        total_gap[j] = total_mass[j] = 0.0
         m[j] = maximum[j]
         hole[j] = index[j]
     for c in range(<int32_t>job.num_classes):
-        w = 1.0 if job.weight == NULL else job.weight[c]
+        w = weight_of(job, c, maximum[0])
         if targets == NULL:
             for j in range(LANES):
-                gap[j] += gap_term(w, m[j], tile[c * LANES + j])
+                gap[j] += gap_term(w, m[j], tile[c * step + j])
         else:
             for j in range(LANES):
-                wt = w * (keep * targets[c * LANES + j] + uniform)
-                gap[j] += gap_term(wt, m[j], tile[c * LANES + j])
-                mass[j] += 0.0 if hole[j] == c else wt
+                wt = w * (keep * targets[c * step + j] + uniform)
+                gap[j] += gap_term(wt, m[j], tile[c * step + j])
+                mass[j] += <real>0.0 if hole[j] == c else wt
+        if c % RUN == RUN - 1:
+            for j in range(LANES):
+                total_gap[j] += gap[j]
+                total_mass[j] += mass[j]
+                gap[j] = mass[j] = 0
     for j in range(LANES):
-        r.gap[j] = gap[j]
+        total_gap[j] += gap[j]
+        total_mass[j] += mass[j]
+        bad |= not is_finite(total_gap[j])
+    if bad:  # in float64 where it leaves the range of x
+        for j in range(LANES):
+            if is_finite(total_gap[j]):
+                continue
+            total_gap[j] = 0.0
+            for c in range(<int32_t>job.num_classes):
+                wt = weight_of(job, c, maximum[0])
+                if targets != NULL:
+                    wt *= keep * targets[c * step + j] + uniform
+                total_gap[j] += gap_term(<double>wt, <double>m[j], <double>tile[c * step + j])
+    for j in range(LANES):
+        r.gap[j] = job.largest_weight * total_gap[j]
         if targets != NULL:
-            w = 1.0 if job.weight == NULL else job.weight[index[j]]
-            r.mass[j] = mass[j]
-            r.top_mass[j] = w * (keep * targets[index[j] * LANES + j] + uniform)
+            wt = weight_of(job, index[j], maximum[0]) * (
+                keep * targets[index[j] * step + j] + uniform)
+            r.top_mass[j] = job.largest_weight * wt
+            r.mass[j] = job.largest_weight * total_mass[j]
 
 
 cdef void backward_tile(
-    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+    const Job* job, Operation operation, real* p, const real* g
 ) noexcept nogil:
     cdef real maximum[LANES]
     cdef real pivot[LANES]
@@ -1689,22 +1767,17 @@ cdef void backward_tile(
     cdef real f[LANES]
     cdef real lane[LANES]
     cdef double total[LANES]
-    cdef real* buffer = scratch
-    cdef real* p = tile_of(job, scratch)
-    cdef real* g = p + (job.num_classes + 8) * LANES
-    cdef Py_ssize_t c, j
-    load_tile(job, job.storage, job.logits, unit, p, buffer)
-    load_tile(job, job.storage, job.other, unit, g, buffer)
+    cdef Py_ssize_t c, j, step = job.step
     for j in range(LANES):
         lane[j] = 0
         total[j] = 0.0
     for c in range(job.num_classes):
         if operation == SOFTMAX_BACKWARD:
             for j in range(LANES):
-                lane[j] += g[c * LANES + j] * p[c * LANES + j]
+                lane[j] += g[c * step + j] * p[c * step + j]
         else:
             for j in range(LANES):
-                lane[j] += g[c * LANES + j]
+                lane[j] += g[c * step + j]
         if c % RUN == RUN - 1:
             for j in range(LANES):
                 total[j] += lane[j]
@@ -1723,12 +1796,37 @@ cdef void backward_tile(
     for c in range(job.num_classes):
         if operation == SOFTMAX_BACKWARD:
             for j in range(LANES):
-                p[c * LANES + j] *= g[c * LANES + j] - f[j]
+                p[c * step + j] *= g[c * step + j] - f[j]
         else:
             for j in range(LANES):
-                p[c * LANES + j] = g[c * LANES + j] - exponential(
-                    p[c * LANES + j], pivot[j], magic[j], lowest[j]) * f[j]
-    store_tile(job, unit, p, buffer)
+                p[c * step + j] = g[c * step + j] - exponential(
+                    p[c * step + j], pivot[j], magic[j], lowest[j]) * f[j]
+
+
+cdef void tile_unit(
+    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+) noexcept nogil:
+    cdef real* tile = tile_of(job, scratch)
+    cdef real* other = NULL
+    cdef Py_ssize_t i, lane, first = unit * job.group
+    cdef double total = 0.0
+    load_tiles(job, job.storage, job.logits, unit, tile, scratch)
+    if job.other != NULL:
+        other = other_tile_of(job, scratch)
+        load_tiles(job, job.other_storage, job.other, unit, other, scratch)
+    for i in range((rows_in_unit(job, unit) + LANES - 1) // LANES):
+        lane = i * LANES
+        if operation <= LOGSUMEXP:
+            softmax_tile(job, operation, first + lane, tile + lane, scratch)
+        elif operation <= LOG_SOFTMAX_BACKWARD:
+            backward_tile(job, operation, tile + lane, other + lane)
+        else:
+            total += cross_entropy_tile(job, operation, first + lane, tile + lane,
+                                        other + lane if other != NULL else NULL)
+    if operation >= CROSS_ENTROPY:
+        job.partial[unit] = total
+    if job.out != NULL and operation != LOGSUMEXP:
+        store_tiles(job, unit, tile, scratch)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1757,7 +1855,7 @@ cdef void nll_unit(
             scratch[0] = <real>(0.0 - job.scale * r.target_weight[i] * r.row_weight[i])
             store(job, place, 1, scratch)
     if operation == NLL:
-        deliver_losses(job, unit, n, r.loss)
+        job.partial[unit] = deliver_losses(job, unit * job.group, n, r.loss)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1770,12 +1868,7 @@ cdef inline void run_unit(
     if operation == NLL or operation == NLL_BACKWARD:
         nll_unit(job, operation, unit, scratch)
     elif job.tiles:
-        if operation <= LOGSUMEXP:
-            softmax_tile(job, operation, unit, scratch)
-        elif operation <= LOG_SOFTMAX_BACKWARD:
-            backward_tile(job, operation, unit, scratch)
-        else:
-            cross_entropy_tile(job, operation, unit, scratch)
+        tile_unit(job, operation, unit, scratch)
     elif operation == SOFTMAX:
         softmax_rows(job, unit, scratch)
     elif operation <= LOGSUMEXP:
@@ -1821,12 +1914,16 @@ cdef inline Py_ssize_t round_up(Py_ssize_t n) noexcept:
 
 cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
     """Choose rows or tiles and the size of a unit; return the bytes of scratch a thread needs."""
-    cdef Py_ssize_t C = job.num_classes, numbers
-    job.group = LANES
+    cdef Py_ssize_t C = job.num_classes, numbers, tiles
+    job.group = job.step = LANES
     job.tiles = job.inner > 1 or C <= SHORT_ROW
     if operation == NLL or operation == NLL_BACKWARD:
         numbers = 1
     elif job.tiles:
+        tiles = min(WIDE // (C * LANES), job.rows // (LANES * FEWEST_UNITS))
+        if job.inner > 1 and tiles > 1:
+            job.group = LANES * min(tiles, <Py_ssize_t>MOST_TILES)
+            job.step = job.group + LINE // 4  # else classes fall on the same sets of the cache
         numbers = tile_numbers(job)
     else:
         job.group = min(max(<Py_ssize_t>GROUP // C, <Py_ssize_t>1), <Py_ssize_t>LANES)
@@ -1904,13 +2001,22 @@ cdef void add_target(Job* job, cnp.ndarray target, int64_t ignore_index) except 
     job.ignore_index = ignore_index
 
 
-cdef void add_weights(Job* job, cnp.ndarray weight, cnp.ndarray sample_weight) except *:
+cdef object add_weights(Job* job, cnp.ndarray weight, cnp.ndarray sample_weight):
+    """Return what must stay alive as long as the job."""
+    cdef cnp.ndarray relative = None
     job.weight_sum = job.num_classes
+    job.largest_weight = 1.0
     if weight is not None:
         job.weight = <const double*>cnp.PyArray_DATA(weight)
         job.weight_sum = weight.sum()
+        job.largest_weight = weight.max() or 1.0
+        relative = weight / job.largest_weight
+        if job.storage != FLOAT64:
+            relative = relative.astype(np.float32)
+        job.relative_weight = cnp.PyArray_DATA(relative)
     if sample_weight is not None:
         job.sample_weight = <const double*>cnp.PyArray_DATA(sample_weight)
+    return relative
 
 
 def softmax(cnp.ndarray logits not None, cnp.ndarray out not None, int num_threads):
@@ -1934,6 +2040,7 @@ def softmax_backward(
 ):
     cdef Job job = job_of(probs, out)
     job.other = cnp.PyArray_BYTES(grad_output)
+    job.other_storage = job.storage
     run(&job, SOFTMAX_BACKWARD, num_threads)
 
 
@@ -1943,6 +2050,7 @@ def log_softmax_backward(
 ):
     cdef Job job = job_of(log_probs, out)
     job.other = cnp.PyArray_BYTES(grad_output)
+    job.other_storage = job.storage
     run(&job, LOG_SOFTMAX_BACKWARD, num_threads)
 
 
@@ -1953,7 +2061,7 @@ def cross_entropy(
 ):
     cdef Job job = job_of(logits, grad)
     add_target(&job, target, ignore_index)
-    add_weights(&job, weight, sample_weight)
+    alive = add_weights(&job, weight, sample_weight)
     job.smoothing, job.z_loss, job.scale = label_smoothing, z_loss, scale
     job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
     return run(&job, CROSS_ENTROPY, num_threads)
@@ -1967,7 +2075,7 @@ def cross_entropy_soft(
     cdef Job job = job_of(logits, grad)
     job.other = cnp.PyArray_BYTES(target)
     job.other_storage = storage_of(target)
-    add_weights(&job, weight, sample_weight)
+    alive = add_weights(&job, weight, sample_weight)
     job.smoothing, job.z_loss, job.scale = label_smoothing, z_loss, scale
     job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
     return run(&job, CROSS_ENTROPY_SOFT, num_threads)

@@ -30,6 +30,7 @@ import functools
 import platform
 import threading
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -43,6 +44,9 @@ CHUNK = 64  # classes of a row that are taken at a time: as many partial sums an
 BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
 SHORT_ROW = 300  # rows of at most so many classes go into tiles
 GROUP = 8192  # elements of the rows that make up one unit of work
+WIDE = 16384  # elements of the tiles that make up one unit of work, where runs may be long
+MOST_TILES = 8  # of a unit
+FEWEST_UNITS = 32  # that are to be left when tiles are put together
 FAR = 65536  # the most elements that are fetched ahead of their use
 RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
 CHECK_BLOCK = 4096  # targets that one unit of check_target reads
@@ -63,6 +67,9 @@ TOP, TARGET_EXP = range(9 * LANES, 11 * LANES, LANES)
 LOSS, FACTOR, SPREAD, LEFT_OUT = range(11 * LANES, 15 * LANES, LANES)
 FIELDS = 15 * LANES
 
+# Whether float16 is converted by the processor. Code cached for other features is not used.
+_HAS_F16C = llvmlite.binding.get_host_cpu_features().get("f16c", False)
+
 # Helpers live inside what calls them: without wrappers for Python and C they compile faster.
 _common = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
 _options = {**_common, "forceinline": True, "no_cpython_wrapper": True}
@@ -73,15 +80,18 @@ _fused = njit(fastmath={"contract"}, **_options)
 _summing = njit(fastmath={"reassoc"}, **_options)
 
 
-def _typed(choose):
+def _typed(choose, **options):
     """A function for jitted code alone: choose, given the types, returns what is compiled."""
 
     @functools.wraps(choose)
     def stub(*arguments):
         raise NotImplementedError("for jitted code")
 
-    overload(stub, jit_options={**_options, "fastmath": {"contract"}})(choose)
+    overload(stub, jit_options={**_options, **options})(choose)
     return stub
+
+
+_typed_fused = functools.partial(_typed, fastmath={"contract"})
 
 
 def _entry(function=None, *, parallel=False):
@@ -272,6 +282,21 @@ def _call(typing_context, address, arguments, units, thread, threads):
 
 
 @intrinsic
+def _convert_half(typing_context, number):
+    """From the bits of a float16 to float32, or back: one instruction where _HAS_F16C."""
+    to_float = isinstance(number, types.Integer)
+
+    def generate(context, builder, signature, arguments):
+        (value,) = arguments
+        half, real = ir.HalfType(), ir.FloatType()
+        if to_float:
+            return builder.fpext(builder.bitcast(value, half), real)
+        return builder.bitcast(builder.fptrunc(value, half), ir.IntType(16))
+
+    return types.float32(types.uint16) if to_float else types.uint16(types.float32), generate
+
+
+@intrinsic
 def _end_stream(typing_context):
     """What was streamed is there for other threads to see."""
 
@@ -319,7 +344,10 @@ def _pivot_of(maximum):
 
 @_typed
 def _magic_of(maximum):
-    """A number to which x / ln 2 is added: that rounds it, and leaves n - N in the low bits."""
+    """A number to which x / ln 2 is added: that rounds it, and leaves n - N in the low bits.
+
+    Not fused: whatever the compiler makes of the caller, all callers must come to the same N.
+    """
 
     def magic_of_32(maximum):
         x = maximum if _pivot_of(maximum) == np.float32(0) else np.float32(0)
@@ -343,7 +371,7 @@ def _lowest_of(magic):
     return lambda magic: (6755399441055744.0 - magic) * 0.69314718055994531
 
 
-@_typed
+@_typed_fused
 def _exponential(x, pivot, magic, lowest):
     """2**(shift - N) * exp(x - pivot); 0 where that is negligible; NaN for NaN."""
     return _exponential_32 if x == types.float32 else _exponential_64
@@ -420,6 +448,8 @@ def _log1p(x):
 
 @_inline
 def _half_to_float(h):
+    if _HAS_F16C:
+        return _convert_half(h)
     sign = (np.uint32(h) & np.uint32(0x8000)) << np.uint32(16)
     magnitude = np.uint32(h) & np.uint32(0x7FFF)
     normal = np.uint32((magnitude << np.uint32(13)) + np.uint32((127 - 15) << 23))
@@ -434,6 +464,8 @@ def _half_to_float(h):
 @_inline
 def _float_to_half(x):
     """To nearest, ties to even."""
+    if _HAS_F16C:
+        return _convert_half(x)
     bits = np.float32(x).view(np.uint32)
     sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
     magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
@@ -500,6 +532,14 @@ def _load_one(x, index, storage):
         return _half_to_float(h) if storage == FLOAT16 else _bfloat_to_float(h)
 
     return load_half
+
+
+@_typed
+def _load_into(to, x, start, storage):
+    """Copy elements of x from start on, converted."""
+    if x.dtype == types.uint16:
+        return lambda to, x, start, storage: _load_halves(x[start : start + to.size], to, storage)
+    return lambda to, x, start, storage: _copy(to, x[start : start + to.size])
 
 
 @_inline
@@ -747,51 +787,57 @@ def _dot(a, b):
 @_inline
 def _times(weight, value):
     """weight * value, where 0 * inf counts as 0."""
-    return 0.0 if weight == 0.0 else weight * value
+    return weight if weight == 0 else weight * value
 
 
 @_summing
 def _gap(x, weight, m):
-    """sum of w_c (m - x_c); in float64 with weights, or where it leaves the range of x."""
-    if weight.size == 0:
-        narrow = x.dtype.type(0)
-        for i in range(x.size):
-            narrow += m - x[i]
-        if narrow - narrow == 0:
-            return np.float64(narrow)
-    total = 0.0
+    """sum of w_c (m - x_c), w_c relative; in float64 where it leaves the range of x."""
+    narrow = x.dtype.type(0)
     if weight.size:
         for i in range(x.size):
-            total += _times(weight[i], np.float64(m) - np.float64(x[i]))
+            narrow += _times(weight[i], m - x[i])
     else:
         for i in range(x.size):
-            total += np.float64(m) - np.float64(x[i])
+            narrow += m - x[i]
+    if narrow - narrow == 0:
+        return np.float64(narrow)
+    total = 0.0
+    for i in range(x.size):
+        w = np.float64(weight[i]) if weight.size else 1.0
+        total += _times(w, np.float64(m) - np.float64(x[i]))
     return total
 
 
 @_summing
 def _soft_mass(t, weight, keep, uniform):
-    """sum of w_c t_c"""
-    total = 0.0
+    """sum of w_c t_c, w_c relative"""
+    total = t.dtype.type(0)
     if weight.size:
         for i in range(t.size):
             total += weight[i] * (keep * t[i] + uniform)
     else:
         for i in range(t.size):
             total += keep * t[i] + uniform
-    return total
+    return np.float64(total)
 
 
 @_summing
 def _soft_gap(x, t, weight, keep, uniform, m):
-    """sum of w_c t_c (m - x_c)"""
-    total = 0.0
+    """sum of w_c t_c (m - x_c), w_c relative; in float64 where it leaves the range of x"""
+    narrow = x.dtype.type(0)
     if weight.size:
         for i in range(x.size):
-            total += _times(weight[i] * (keep * t[i] + uniform), np.float64(m) - np.float64(x[i]))
+            narrow += _times(weight[i] * (keep * t[i] + uniform), m - x[i])
     else:
         for i in range(x.size):
-            total += _times(keep * t[i] + uniform, np.float64(m) - np.float64(x[i]))
+            narrow += _times(keep * t[i] + uniform, m - x[i])
+    if narrow - narrow == 0:
+        return np.float64(narrow)
+    total = 0.0
+    for i in range(x.size):
+        wt = np.float64(keep * t[i] + uniform) * (weight[i] if weight.size else 1.0)
+        total += _times(wt, np.float64(m) - np.float64(x[i]))
     return total
 
 
@@ -813,22 +859,22 @@ def _narrow_factor(e, factor):
 
 @_inline
 def _scale_and_spread(e, f, spread, weight):
+    u = e.dtype.type(spread)
     if weight.size:
         for i in range(e.size):
-            e[i] = e[i] * f - e.dtype.type(spread * weight[i])
+            e[i] = e[i] * f - u * weight[i]
     else:
-        u = e.dtype.type(spread)
         for i in range(e.size):
             e[i] = e[i] * f - u
 
 
 @_inline
 def _scale_and_subtract(e, f, spread, weight, t, keep, uniform):
+    on_target, on_all = e.dtype.type(spread * keep), e.dtype.type(spread * uniform)
     if weight.size:
         for i in range(e.size):
-            e[i] = e[i] * f - e.dtype.type(spread * weight[i] * (keep * t[i] + uniform))
+            e[i] = e[i] * f - weight[i] * (on_target * t[i] + on_all)
     else:
-        on_target, on_all = e.dtype.type(spread * keep), e.dtype.type(spread * uniform)
         for i in range(e.size):
             e[i] = e[i] * f - (on_target * t[i] + on_all)
 
@@ -1027,13 +1073,13 @@ def _exp_row(x, start, num_classes, skip, maximum, keep, kept, buffer, line, ahe
 
 
 @_spliced
-def _write_row(e, r, i, index, weight, soft, start, keep, uniform, buffer, soft_storage):
+def _write_row(e, r, i, index, weight, largest, soft, start, keep, uniform, buffer, soft_storage):
     """From exponentials to the gradient: factor * e_c - spread * w_c t_c, left_out at index."""
     if r[ROW_WEIGHT + i] == 0.0:
         for c in range(e.size):
             e[c] = 0
         return
-    spread = r[SPREAD + i]
+    spread = r[SPREAD + i] * largest
     f = _narrow_factor(e, r[FACTOR + i])
     if soft is not None:
         for c in range(0, e.size, BLOCK):
@@ -1104,8 +1150,8 @@ def _shift(x, m, log_s, result):
 
 @_spliced
 def _reduce_rows(
-    x, r, scratch, first, n, num_classes, weight, soft, keep, uniform, keep_exponentials, storage,
-    soft_storage,
+    x, r, scratch, first, n, num_classes, weight, largest, soft, keep, uniform, keep_exponentials,
+    storage, soft_storage,
 ):  # fmt: skip
     """The first stage of cross-entropy: of soft targets unless they are None, else of indices."""
     buffer, line, kept = _row_scratch(scratch)
@@ -1127,14 +1173,14 @@ def _reduce_rows(
             index = _find_in_row(x, start, num_classes, m, buffer, storage)
             r[INDEX + i] = index
             r[GAP + i], r[MASS + i], r[TOP_MASS + i] = _soft_sums(
-                x, start, soft, num_classes, weight, keep, uniform, m, index, buffer, line,
+                x, start, soft, num_classes, weight, largest, keep, uniform, m, index, buffer, line,
                 storage, soft_storage,
             )  # fmt: skip
         elif uniform != 0.0:
             for c in range(0, num_classes, BLOCK):
                 width = min(BLOCK, num_classes - c)
                 block = _load(x, start + c, width, buffer, storage)
-                r[GAP + i] += _gap(block, weight[c : c + width], m)
+                r[GAP + i] += largest * _gap(block, weight[c : c + width], m)
         index = int(r[INDEX + i])
         r[TARGET_LOGIT + i] = _load_one(x, start + index, storage)
         r[OTHERS + i] = _exp_row(
@@ -1146,11 +1192,12 @@ def _reduce_rows(
 
 @_inline
 def _soft_sums(
-    x, start, soft, num_classes, weight, keep, uniform, maximum, index, buffer, line, storage,
-    soft_storage,
+    x, start, soft, num_classes, weight, largest, keep, uniform, maximum, index, buffer, line,
+    storage, soft_storage,
 ):  # fmt: skip
     """sum of w t (m - x); sum of w t without the maximum's class; w t of that class."""
     gap = mass = top = 0.0
+    keep, uniform = buffer.dtype.type(keep), buffer.dtype.type(uniform)
     for c in range(0, num_classes, BLOCK):
         n = min(BLOCK, num_classes - c)
         block = _load(x, start + c, n, buffer, storage)
@@ -1163,19 +1210,19 @@ def _soft_sums(
             top = _soft_mass(t[k : k + 1], w[k : k + 1], keep, uniform)
             k += 1
         mass += _soft_mass(t[k:], w[k:], keep, uniform)
-    return gap, mass, top
+    return largest * gap, largest * mass, largest * top
 
 
 @_spliced
 def _write_rows(
-    out, r, scratch, first, n, num_classes, weight, soft, keep, uniform, storage, soft_storage,
-    stream,
+    out, r, scratch, first, n, num_classes, weight, largest, soft, keep, uniform, storage,
+    soft_storage, stream,
 ):  # fmt: skip
     buffer, _, kept = _row_scratch(scratch)
     for i in range(n):
         _write_row(
-            kept[i * num_classes : (i + 1) * num_classes], r, i, int(r[INDEX + i]), weight, soft,
-            (first + i) * num_classes, keep, uniform, buffer, soft_storage,
+            kept[i * num_classes : (i + 1) * num_classes], r, i, int(r[INDEX + i]), weight, largest,
+            soft, (first + i) * num_classes, keep, uniform, buffer, soft_storage,
         )  # fmt: skip
     _store(out, first * num_classes, kept[: n * num_classes], storage, stream)
 
@@ -1183,23 +1230,25 @@ def _write_rows(
 # ---------------------------------------------------------------------------------------------
 # Tiles: samples in the SIMD lanes
 # ---------------------------------------------------------------------------------------------
-# A unit is LANES samples that follow each other in (outer, inner) order, held in scratch as
-# [class][lane]; lanes without a sample hold zeros.  Scratch: the samples one after the other, as
-# rows, and two tiles; transposing moves eight by eight, and may go seven beyond either.  Then the
+# A tile is LANES samples that follow each other in (outer, inner) order, held in scratch as
+# [class][lane]; lanes without a sample hold zeros.  A unit is one tile, or, where samples lie next
+# to each other in memory, several side by side, `step` numbers from a class to the next, so that
+# runs of memory are longer.  Scratch: room for samples one after the other, as rows, then the
+# unit's tiles, twice; transposing moves eight by eight, and may go seven beyond either.  Then the
 # carries, for runs of output that begin and end within a cache line.
 
 
 @_inline
-def _tile_scratch(scratch, num_classes):
+def _tile_scratch(scratch, num_classes, step):
     rows = (num_classes + 1) * LANES
-    tile = (num_classes + 8) * LANES
+    tile = (num_classes + 8) * step
     return scratch[:rows], scratch[rows : rows + tile], scratch[rows + tile : rows + 2 * tile]
 
 
 @_inline
-def _tile_numbers(num_classes):
+def _tile_numbers(num_classes, step):
     """What a unit of tiles needs of scratch; the carries, one a class, lie behind it."""
-    return (num_classes + 1 + 2 * (num_classes + 8)) * LANES
+    return (num_classes + 1) * LANES + 2 * (num_classes + 8) * step
 
 
 @_inline
@@ -1210,7 +1259,7 @@ def _transpose_rows(rows, tile, num_classes):
 
 
 @_inline
-def _load_tile(x, tile, buffer, first, n, num_classes, inner, storage):
+def _load_tiles(x, tile, buffer, first, n, num_classes, inner, step, storage):
     if inner == 1:
         start = first * num_classes
         size = LANES * num_classes
@@ -1222,21 +1271,20 @@ def _load_tile(x, tile, buffer, first, n, num_classes, inner, storage):
             buffer[n * num_classes :] = 0
             _transpose_rows(buffer, tile, num_classes)
         return
-    if n < LANES:
-        tile[: num_classes * LANES] = 0
+    if n % LANES:
+        tile[: num_classes * step] = 0
     lane = 0
     while lane < n:
         o, i = divmod(first + lane, inner)
         width = min(n - lane, inner - i)
         for c in range(num_classes):
             start = (o * num_classes + c) * inner + i
-            column = c * LANES + lane
-            _copy(tile[column : column + width], _load(x, start, width, buffer, storage))
+            _load_into(tile[c * step + lane : c * step + lane + width], x, start, storage)
         lane += width
 
 
 @_spliced
-def _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream):
+def _store_tiles(out, tile, scratch, r, first, n, num_classes, inner, step, storage, stream):
     buffer = scratch[: (num_classes + 1) * LANES]
     if inner == 1:
         # From the last classes to the first: what goes beyond a row is written over by the next.
@@ -1252,19 +1300,19 @@ def _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, st
         o, i = divmod(first + lane, inner)
         width = min(n - lane, inner - i)
         for c in range(num_classes):
-            column = c * LANES + lane
+            column = c * step + lane
             start = (o * num_classes + c) * inner + i
             _store_run(
                 out, start, tile[column : column + width], storage, stream,
-                _carry(scratch, num_classes, c), r, FIELDS + c,
+                _carry(scratch, num_classes, step, c), r, FIELDS + c,
             )  # fmt: skip
         lane += width
 
 
 @_inline
-def _carry(scratch, num_classes, c):
+def _carry(scratch, num_classes, step, c):
     """Half a cache line or less of class c; r[FIELDS + c] says where it is to go, or -1."""
-    start = _tile_numbers(num_classes) + c * (LINE // scratch.itemsize)
+    start = _tile_numbers(num_classes, step) + c * (LINE // scratch.itemsize)
     return scratch[start : start + LINE // scratch.itemsize]
 
 
@@ -1275,28 +1323,33 @@ def _begin_carries(r):
 
 
 @_inline
-def _flush_carries(out, r, scratch, num_classes):
+def _flush_carries(out, r, scratch, num_classes, step):
     for c in range(r.size - FIELDS):
-        _flush(out, _carry(scratch, num_classes, c), r, FIELDS + c)
+        _flush(out, _carry(scratch, num_classes, step, c), r, FIELDS + c)
 
 
 @_inline
-def _clear_dead_lanes(tile, num_classes, r):
+def _clear_dead_lanes(tile, num_classes, step, r):
     """Nothing of a row that counts for nothing, a NaN least of all, gets through."""
+    dead = 0
+    for lane in range(LANES):
+        dead += r[ROW_WEIGHT + lane] == 0.0
+    if not dead:
+        return
     for lane in range(LANES):
         if r[ROW_WEIGHT + lane] == 0.0:
             column = tile[lane:]
             for c in range(num_classes):
-                column[c * LANES] = 0
+                column[c * step] = 0
 
 
 @_inline
-def _tile_largest(tile, num_classes, r):
+def _tile_largest(tile, num_classes, step, r):
     m = _lanes(tile)
     for j in range(LANES):
         m[j] = -np.inf
     for c in range(num_classes):
-        row = tile[c * LANES : (c + 1) * LANES]
+        row = tile[c * step : c * step + LANES]
         for j in range(LANES):
             m[j] = row[j] if row[j] > m[j] else m[j]
     for j in range(LANES):
@@ -1304,7 +1357,7 @@ def _tile_largest(tile, num_classes, r):
 
 
 @_inline
-def _tile_find(tile, num_classes, r):
+def _tile_find(tile, num_classes, step, r):
     """The first class whose score is the maximum, or 0."""
     real = tile.dtype.type
     m, k = _lanes(tile), _lanes(tile)
@@ -1312,7 +1365,7 @@ def _tile_find(tile, num_classes, r):
         m[j] = r[MAXIMUM + j]
         k[j] = 0
     for c in range(num_classes - 1, -1, -1):
-        row = tile[c * LANES : (c + 1) * LANES]
+        row = tile[c * step : c * step + LANES]
         number = real(c)
         for j in range(LANES):
             k[j] = number if row[j] == m[j] else k[j]
@@ -1321,18 +1374,18 @@ def _tile_find(tile, num_classes, r):
 
 
 @_inline
-def _tile_exponentials(tile, num_classes, skip, keep, r, x, first, inner):
+def _tile_exponentials(tile, num_classes, step, skip, keep, r, x, later, inner):
     """Sums of exponentials, if skip without INDEX; if keep, they take the place of the scores.
 
-    Meanwhile the scores of the next unit are fetched from x, so that memory is never idle.
+    Meanwhile the scores of the tile from row `later` on are fetched, so that memory is never idle.
     """
     real = tile.dtype.type
     pivot, magic, lowest = _lanes(tile), _lanes(tile), _lanes(tile)
     value, lane, index = _lanes(tile), _lanes(tile), _lanes(tile)
     total = _lanes(r)
-    step = LANES if inner == 1 else inner
-    o, i = divmod(first + LANES, inner)
-    later = o * num_classes * inner + i
+    apart = LANES if inner == 1 else inner
+    o, i = divmod(later, inner)
+    start = o * num_classes * inner + i
     for j in range(LANES):
         m = real(r[MAXIMUM + j])
         pivot[j] = _pivot_of(m)
@@ -1343,9 +1396,9 @@ def _tile_exponentials(tile, num_classes, skip, keep, r, x, first, inner):
     for j in range(LANES):
         index[j] = r[INDEX + j] if skip else -1.0
     for c in range(num_classes):
-        row = tile[c * LANES : (c + 1) * LANES]
+        row = tile[c * step : c * step + LANES]
         number = real(c)
-        _fetch(x, later + c * step, LANES)
+        _fetch(x, start + c * apart, LANES)
         for j in range(LANES):
             value[j] = _exponential(row[j], pivot[j], magic[j], lowest[j])
         for j in range(LANES):
@@ -1362,9 +1415,8 @@ def _tile_exponentials(tile, num_classes, skip, keep, r, x, first, inner):
 
 
 @_inline
-def _tile_factors(tile, num_classes, f, r):
+def _tile_factors(tile, num_classes, step, f, r):
     """The factors in the compute type, the power of two that it cannot hold moved to the tile."""
-    real = tile.dtype.type
     small = 0
     for j in range(LANES):
         f[j] = r[FACTOR + j]
@@ -1376,33 +1428,35 @@ def _tile_factors(tile, num_classes, f, r):
             f[j] = r[FACTOR + j] / _power_of(tile)
             column = tile[j:]
             for c in range(num_classes):
-                column[c * LANES] *= _power_of(tile)
+                column[c * step] *= _power_of(tile)
 
 
 @_inline
-def _tile_scale(tile, num_classes, soft, weight, keep, uniform, r):
+def _tile_scale(tile, num_classes, step, soft, weight, largest, keep, uniform, r):
     """From exponentials to the gradient: factor * e_c - spread * w_c t_c, left_out at INDEX."""
     real = tile.dtype.type
     f, left_out, index = _lanes(tile), _lanes(tile), _lanes(tile)
-    spread = _lanes(r)
-    _tile_factors(tile, num_classes, f, r)
+    on_target, on_all = _lanes(tile), _lanes(tile)
+    _tile_factors(tile, num_classes, step, f, r)
     for j in range(LANES):
-        spread[j] = r[SPREAD + j]
+        spread = r[SPREAD + j] * largest
+        on_target[j] = spread * keep
+        on_all[j] = spread if soft is None else spread * uniform
         left_out[j] = r[LEFT_OUT + j]
         index[j] = r[INDEX + j]
     # left_out in passing: numbers put one by one would hold up who then reads the tile as vectors.
     for c in range(num_classes):
-        row = tile[c * LANES : (c + 1) * LANES]
-        w = weight[c] if weight.size else 1.0
+        row = tile[c * step : c * step + LANES]
+        w = weight[c] if weight.size else real(1)
         number = real(c)
         if soft is not None:
-            t = soft[c * LANES : (c + 1) * LANES]
+            t = soft[c * step : c * step + LANES]
             for j in range(LANES):
-                g = row[j] * f[j] - real(spread[j] * w * (keep * t[j] + uniform))
+                g = row[j] * f[j] - w * (on_target[j] * t[j] + on_all[j])
                 row[j] = left_out[j] if index[j] == number else g
         elif uniform != 0.0:
             for j in range(LANES):
-                g = row[j] * f[j] - real(spread[j] * w)
+                g = row[j] * f[j] - w * on_all[j]
                 row[j] = left_out[j] if index[j] == number else g
         else:
             for j in range(LANES):
@@ -1411,125 +1465,125 @@ def _tile_scale(tile, num_classes, soft, weight, keep, uniform, r):
 
 
 @_inline
-def _tile_gaps(tile, num_classes, soft, weight, keep, uniform, r):
+def _tile_gaps(tile, num_classes, step, soft, weight, largest, keep, uniform, r):
     """sum w t (m - x), the sum of w t without the maximum, and its own w t."""
-    m, index, gap, mass = _lanes(r), _lanes(r), _lanes(r), _lanes(r)
+    real = tile.dtype.type
+    keep, uniform = real(keep), real(uniform)
+    m, index, gap, mass = _lanes(tile), _lanes(tile), _lanes(tile), _lanes(tile)
+    bad = 0
     for j in range(LANES):
         m[j] = r[MAXIMUM + j]
         index[j] = r[INDEX + j]
         gap[j] = 0.0
         mass[j] = 0.0
+        r[GAP + j] = 0.0
+        r[MASS + j] = 0.0
     for c in range(num_classes):
-        row = tile[c * LANES : (c + 1) * LANES]
-        w = weight[c] if weight.size else 1.0
+        row = tile[c * step : c * step + LANES]
+        w = weight[c] if weight.size else real(1)
         if soft is not None:
-            t = soft[c * LANES : (c + 1) * LANES]
-            number = np.float64(c)
+            t = soft[c * step : c * step + LANES]
+            number = real(c)
             for j in range(LANES):
                 wt = w * (keep * t[j] + uniform)
-                gap[j] += _times(wt, m[j] - np.float64(row[j]))
-                mass[j] += 0.0 if index[j] == number else wt
+                gap[j] += _times(wt, m[j] - row[j])
+                mass[j] += real(0) if index[j] == number else wt
         else:
             for j in range(LANES):
-                gap[j] += _times(w, m[j] - np.float64(row[j]))
+                gap[j] += _times(w, m[j] - row[j])
+        if c % RUN == RUN - 1 or c == num_classes - 1:
+            for j in range(LANES):
+                r[GAP + j] += np.float64(gap[j])
+                r[MASS + j] += np.float64(mass[j])
+                gap[j] = 0.0
+                mass[j] = 0.0
     for j in range(LANES):
-        r[GAP + j] = gap[j]
-        r[MASS + j] = mass[j]
+        bad += r[GAP + j] - r[GAP + j] != 0.0
+    for j in range(LANES if bad else 0):  # in float64 where it leaves the range of x
+        if r[GAP + j] - r[GAP + j] == 0.0:
+            continue
+        r[GAP + j] = 0.0
+        for c in range(num_classes):
+            wt = np.float64(weight[c]) if weight.size else 1.0
+            if soft is not None:
+                wt *= np.float64(keep * soft[c * step + j] + uniform)
+            r[GAP + j] += _times(wt, np.float64(m[j]) - np.float64(tile[c * step + j]))
+    for j in range(LANES):
+        r[GAP + j] *= largest
+        r[MASS + j] *= largest
         if soft is not None:
             k = int(index[j])
-            w = weight[k] if weight.size else 1.0
-            r[TOP_MASS + j] = w * (keep * soft[k * LANES + j] + uniform)
+            w = weight[k] if weight.size else real(1)
+            r[TOP_MASS + j] = largest * np.float64(w * (keep * soft[k * step + j] + uniform))
 
 
 @_inline
-def _softmax_tile(x, out, r, scratch, first, n, num_classes, inner, storage, stream):
-    buffer, tile, _ = _tile_scratch(scratch, num_classes)
+def _softmax_tile(tile, r, num_classes, step, x, later, inner):
     f = _lanes(tile)
-    _load_tile(x, tile, buffer, first, n, num_classes, inner, storage)
-    _tile_largest(tile, num_classes, r)
-    _tile_exponentials(tile, num_classes, False, True, r, x, first, inner)
+    _tile_largest(tile, num_classes, step, r)
+    _tile_exponentials(tile, num_classes, step, False, True, r, x, later, inner)
     for j in range(LANES):
         f[j] = 1.0 / r[OTHERS + j]
     for c in range(num_classes):
-        row = tile[c * LANES : (c + 1) * LANES]
+        row = tile[c * step : c * step + LANES]
         for j in range(LANES):
             row[j] *= f[j]
-    _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream)
 
 
 @_inline
-def _log_softmax_tile(x, out, r, scratch, first, n, num_classes, inner, storage, stream, log_probs):
-    buffer, tile, _ = _tile_scratch(scratch, num_classes)
+def _log_softmax_tile(tile, r, num_classes, step, x, later, inner, log_probs):
+    """The log-probabilities if log_probs; else the first class receives the logsumexp."""
     m, log_s = _lanes(tile), _lanes(tile)
-    _load_tile(x, tile, buffer, first, n, num_classes, inner, storage)
-    _tile_largest(tile, num_classes, r)
-    _tile_find(tile, num_classes, r)
-    _tile_exponentials(tile, num_classes, True, False, r, x, first, inner)
+    _tile_largest(tile, num_classes, step, r)
+    _tile_find(tile, num_classes, step, r)
+    _tile_exponentials(tile, num_classes, step, True, False, r, x, later, inner)
     for j in range(LANES):
         r[TARGET_LOGIT + j] = r[MAXIMUM + j]
-    _add_exponentials(r, LANES, scratch)
+    _add_exponentials(r, LANES, tile)
     for j in range(LANES):
         r[LOSS + j] = _log1p(r[OTHERS + j] / r[TOP + j])
     if not log_probs:
-        for j in range(n):
-            log_s[j] = r[MAXIMUM + j] + r[LOSS + j]
-        _store(out, first, log_s[:n], storage, False)
+        for j in range(LANES):
+            tile[j] = r[MAXIMUM + j] + r[LOSS + j]
         return
     for j in range(LANES):
         m[j] = r[MAXIMUM + j]
         log_s[j] = r[LOSS + j]
     for c in range(num_classes):
-        row = tile[c * LANES : (c + 1) * LANES]
+        row = tile[c * step : c * step + LANES]
         for j in range(LANES):
             row[j] = (row[j] - m[j]) - log_s[j]
-    _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream)
 
 
 @_spliced
 def _reduce_tile(
-    x, soft, r, scratch, first, n, num_classes, inner, weight, keep, uniform, keep_exponentials,
-    storage, soft_storage,
+    tile, targets, r, n, num_classes, step, weight, largest, keep, uniform, keep_exponentials, x,
+    later, inner,
 ):  # fmt: skip
     """The first stage of cross-entropy: of soft targets unless they are None, else of indices."""
-    buffer, tile, targets = _tile_scratch(scratch, num_classes)
     for j in range(n, LANES):
         r[INDEX + j] = 0.0
         r[ROW_WEIGHT + j] = 0.0
         r[TARGET_WEIGHT + j] = 0.0
-    _load_tile(x, tile, buffer, first, n, num_classes, inner, storage)
-    if soft is not None:
-        _load_tile(soft, targets, buffer, first, n, num_classes, inner, soft_storage)
-    _clear_dead_lanes(tile, num_classes, r)
-    _tile_largest(tile, num_classes, r)
-    if soft is not None:
-        _tile_find(tile, num_classes, r)
+    _clear_dead_lanes(tile, num_classes, step, r)
+    _tile_largest(tile, num_classes, step, r)
+    if targets is not None:
+        _tile_find(tile, num_classes, step, r)
     for j in range(LANES):
-        r[TARGET_LOGIT + j] = tile[int(r[INDEX + j]) * LANES + j]
+        r[TARGET_LOGIT + j] = tile[int(r[INDEX + j]) * step + j]
         r[GAP + j] = 0.0
-    if soft is not None:
-        _tile_gaps(tile, num_classes, targets, weight, keep, uniform, r)
+    if targets is not None:
+        _tile_gaps(tile, num_classes, step, targets, weight, largest, keep, uniform, r)
     elif uniform != 0.0:
-        _tile_gaps(tile, num_classes, None, weight, keep, uniform, r)
-    _tile_exponentials(tile, num_classes, True, keep_exponentials, r, x, first, inner)
-    _add_exponentials(r, LANES, scratch)
-
-
-@_spliced
-def _write_tile(
-    out, r, scratch, first, n, num_classes, inner, weight, soft, keep, uniform, storage, stream
-):
-    _, tile, targets = _tile_scratch(scratch, num_classes)
-    if soft is not None:
-        _tile_scale(tile, num_classes, targets, weight, keep, uniform, r)
-    else:
-        _tile_scale(tile, num_classes, None, weight, keep, uniform, r)
-    _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream)
+        _tile_gaps(tile, num_classes, step, None, weight, largest, keep, uniform, r)
+    _tile_exponentials(tile, num_classes, step, True, keep_exponentials, r, x, later, inner)
+    _add_exponentials(r, LANES, tile)
 
 
 # ---------------------------------------------------------------------------------------------
 # Shares: what one thread does
 # ---------------------------------------------------------------------------------------------
-# `shape` is (rows, num_classes, inner, group, stream); group, the rows of a unit, is 0 for tiles.
+# `shape` is (rows, num_classes, inner, tiled, group, step, stream), group being the rows of a unit.
 
 
 @_entry(parallel=True)
@@ -1545,128 +1599,159 @@ def _share(units, thread, threads):
 
 @_entry
 def _softmax_share(x, out, shape, storage, scratch, fields, units, thread, threads):
-    rows, num_classes, inner, group, stream = shape
+    rows, num_classes, inner, tiled, group, step, stream = shape
     x, out = _borrow(x), _borrow(out)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
+    buffer, tile, _ = _tile_scratch(own, num_classes, step)
     _begin_carries(r)
-    size = group if group else LANES
     for unit in _share(units, thread, threads):
-        first = unit * size
-        n = min(size, rows - first)
-        if group:
+        first = unit * group
+        n = min(group, rows - first)
+        if not tiled:
             _softmax_rows(x, out, r, own, first, n, num_classes, storage, stream)
-        else:
-            _softmax_tile(x, out, r, own, first, n, num_classes, inner, storage, stream)
-    _flush_carries(out, r, own, num_classes)
+            continue
+        _load_tiles(x, tile, buffer, first, n, num_classes, inner, step, storage)
+        for lane in range(0, n, LANES):
+            _softmax_tile(tile[lane:], r, num_classes, step, x, first + lane + group, inner)
+        _store_tiles(out, tile, own, r, first, n, num_classes, inner, step, storage, stream)
+    _flush_carries(out, r, own, num_classes, step)
     _end_stream()
 
 
 @_entry
 def _log_softmax_share(x, out, shape, storage, log_probs, scratch, fields, units, thread, threads):
     """log_softmax, or, without log_probs, logsumexp."""
-    rows, num_classes, inner, group, stream = shape
+    rows, num_classes, inner, tiled, group, step, stream = shape
     x, out = _borrow(x), _borrow(out)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
+    buffer, tile, _ = _tile_scratch(own, num_classes, step)
     _begin_carries(r)
-    size = group if group else LANES
     for unit in _share(units, thread, threads):
-        first = unit * size
-        n = min(size, rows - first)
-        if group:
+        first = unit * group
+        n = min(group, rows - first)
+        if not tiled:
             _log_softmax_rows(x, out, r, own, first, n, num_classes, storage, stream, log_probs)
-        else:
+            continue
+        _load_tiles(x, tile, buffer, first, n, num_classes, inner, step, storage)
+        for lane in range(0, n, LANES):
             _log_softmax_tile(
-                x, out, r, own, first, n, num_classes, inner, storage, stream, log_probs
+                tile[lane:], r, num_classes, step, x, first + lane + group, inner, log_probs
             )
-    _flush_carries(out, r, own, num_classes)
+        if log_probs:
+            _store_tiles(out, tile, own, r, first, n, num_classes, inner, step, storage, stream)
+        else:
+            _store(out, first, tile[:n], storage, False)
+    _flush_carries(out, r, own, num_classes, step)
     _end_stream()
 
 
 @_entry
 def _cross_entropy_share(
-    x, target, weight, sample_weight, shape, storage, ignore_index, options, losses, out, scratch,
-    fields, partial, units, thread, threads,
+    x, target, weight, relative_weight, sample_weight, shape, storage, ignore_index, options,
+    losses, out, scratch, fields, partial, units, thread, threads,
 ):  # fmt: skip
-    rows, num_classes, inner, group, stream = shape
-    smoothing, z_loss, scale, weight_sum = options
+    rows, num_classes, inner, tiled, group, step, stream = shape
+    smoothing, z_loss, scale, weight_sum, largest = options
     uniform = smoothing / num_classes
     x, out = _borrow(x), _borrow(out)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
+    buffer, tile, _ = _tile_scratch(own, num_classes, step)
     _begin_carries(r)
-    size = group if group else LANES
     for unit in _share(units, thread, threads):
-        first = unit * size
-        n = min(size, rows - first)
-        lanes = n if group else LANES
-        _read_targets(
-            r, target, weight, sample_weight, first, n, num_classes, ignore_index,
-            smoothing, z_loss, weight_sum,
-        )  # fmt: skip
-        if group:
-            _reduce_rows(
-                x, r, own, first, n, num_classes, weight, None, 1.0, uniform, out.size > 0,
-                storage, FLOATS,
+        first = unit * group
+        last = min(first + group, rows)
+        partial[unit] = 0.0
+        if tiled:
+            _load_tiles(x, tile, buffer, first, last - first, num_classes, inner, step, storage)
+        for start in range(first, last, LANES):  # once, where rows are not tiled
+            n = min(LANES, last - start)
+            own_tile = tile[start - first :]
+            _read_targets(
+                r, target, weight, sample_weight, start, n, num_classes, ignore_index,
+                smoothing, z_loss, weight_sum,
             )  # fmt: skip
-        else:
-            _reduce_tile(
-                x, None, r, own, first, n, num_classes, inner, weight, 1.0, uniform, out.size > 0,
-                storage, FLOATS,
-            )  # fmt: skip
-        _cross_entropy_step(r, lanes, num_classes, smoothing, z_loss, scale, weight_sum)
-        partial[unit] = _deliver_losses(r, n, losses, first, own)
-        if out.size and group:
-            _write_rows(
-                out, r, own, first, n, num_classes, weight, None, 1.0, uniform, storage, FLOATS,
-                stream,
-            )  # fmt: skip
-        elif out.size:
-            _write_tile(
-                out, r, own, first, n, num_classes, inner, weight, None, 1.0, uniform, storage,
-                stream,
-            )  # fmt: skip
-    _flush_carries(out, r, own, num_classes)
+            if tiled:
+                _reduce_tile(
+                    own_tile, None, r, n, num_classes, step, relative_weight, largest, 1.0,
+                    uniform, out.size > 0, x, start + group, inner,
+                )  # fmt: skip
+            else:
+                _reduce_rows(
+                    x, r, own, start, n, num_classes, relative_weight, largest, None, 1.0, uniform,
+                    out.size > 0, storage, FLOATS,
+                )  # fmt: skip
+            _cross_entropy_step(
+                r, LANES if tiled else n, num_classes, smoothing, z_loss, scale, weight_sum
+            )
+            partial[unit] += _deliver_losses(r, n, losses, start, own)
+            if out.size and tiled:
+                _tile_scale(
+                    own_tile, num_classes, step, None, relative_weight, largest, 1.0, uniform, r
+                )
+            elif out.size:
+                _write_rows(
+                    out, r, own, start, n, num_classes, relative_weight, largest, None, 1.0,
+                    uniform, storage, FLOATS, stream,
+                )  # fmt: skip
+        if out.size and tiled:
+            _store_tiles(
+                out, tile, own, r, first, last - first, num_classes, inner, step, storage, stream
+            )
+    _flush_carries(out, r, own, num_classes, step)
     _end_stream()
 
 
 @_entry
 def _cross_entropy_soft_share(
-    x, soft, weight, sample_weight, shape, storage, soft_storage, options, losses, out, scratch,
-    fields, partial, units, thread, threads,
+    x, soft, relative_weight, sample_weight, shape, storage, soft_storage, options, losses, out,
+    scratch, fields, partial, units, thread, threads,
 ):  # fmt: skip
-    rows, num_classes, inner, group, stream = shape
-    smoothing, z_loss, scale = options
+    rows, num_classes, inner, tiled, group, step, stream = shape
+    smoothing, z_loss, scale, largest = options
     keep, uniform = 1.0 - smoothing, smoothing / num_classes
     x, soft, out = _borrow(x), _borrow(soft), _borrow(out)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
+    buffer, tile, targets = _tile_scratch(own, num_classes, step)
     _begin_carries(r)
-    size = group if group else LANES
     for unit in _share(units, thread, threads):
-        first = unit * size
-        n = min(size, rows - first)
-        _read_sample_weights(r, sample_weight[first : first + n], n)
-        if group:
-            _reduce_rows(
-                x, r, own, first, n, num_classes, weight, soft, keep, uniform, out.size > 0,
-                storage, soft_storage,
-            )  # fmt: skip
-        else:
-            _reduce_tile(
-                x, soft, r, own, first, n, num_classes, inner, weight, keep, uniform,
-                out.size > 0, storage, soft_storage,
-            )  # fmt: skip
-        _cross_entropy_soft_step(r, n if group else LANES, z_loss, scale)
-        partial[unit] = _deliver_losses(r, n, losses, first, own)
-        if out.size and group:
-            _write_rows(
-                out, r, own, first, n, num_classes, weight, soft, keep, uniform, storage,
-                soft_storage, stream,
-            )  # fmt: skip
-        elif out.size:
-            _write_tile(
-                out, r, own, first, n, num_classes, inner, weight, soft, keep, uniform, storage,
-                stream,
-            )  # fmt: skip
-    _flush_carries(out, r, own, num_classes)
+        first = unit * group
+        last = min(first + group, rows)
+        partial[unit] = 0.0
+        if tiled:
+            n = last - first
+            _load_tiles(x, tile, buffer, first, n, num_classes, inner, step, storage)
+            _load_tiles(soft, targets, buffer, first, n, num_classes, inner, step, soft_storage)
+        for start in range(first, last, LANES):  # once, where rows are not tiled
+            n = min(LANES, last - start)
+            own_tile, own_targets = tile[start - first :], targets[start - first :]
+            _read_sample_weights(r, sample_weight[start : start + n], n)
+            if tiled:
+                _reduce_tile(
+                    own_tile, own_targets, r, n, num_classes, step, relative_weight, largest, keep,
+                    uniform, out.size > 0, x, start + group, inner,
+                )  # fmt: skip
+            else:
+                _reduce_rows(
+                    x, r, own, start, n, num_classes, relative_weight, largest, soft, keep,
+                    uniform, out.size > 0, storage, soft_storage,
+                )  # fmt: skip
+            _cross_entropy_soft_step(r, LANES if tiled else n, z_loss, scale)
+            partial[unit] += _deliver_losses(r, n, losses, start, own)
+            if out.size and tiled:
+                _tile_scale(
+                    own_tile, num_classes, step, own_targets, relative_weight, largest, keep,
+                    uniform, r,
+                )  # fmt: skip
+            elif out.size:
+                _write_rows(
+                    out, r, own, start, n, num_classes, relative_weight, largest, soft, keep,
+                    uniform, storage, soft_storage, stream,
+                )  # fmt: skip
+        if out.size and tiled:
+            _store_tiles(
+                out, tile, own, r, first, last - first, num_classes, inner, step, storage, stream
+            )
+    _flush_carries(out, r, own, num_classes, step)
     _end_stream()
 
 
@@ -1724,19 +1809,16 @@ def _backward_rows(g, p, out, r, scratch, first, n, num_classes, storage, stream
 
 
 @_inline
-def _backward_tile(g, p, out, r, scratch, first, n, num_classes, inner, storage, stream, log_probs):
-    buffer, tile, upstreams = _tile_scratch(scratch, num_classes)
+def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
     pivot, magic, lowest = _lanes(tile), _lanes(tile), _lanes(tile)
     lane, f = _lanes(tile), _lanes(tile)
     real = tile.dtype.type
-    _load_tile(p, tile, buffer, first, n, num_classes, inner, storage)
-    _load_tile(g, upstreams, buffer, first, n, num_classes, inner, storage)
     for j in range(LANES):
         lane[j] = 0
         r[OTHERS + j] = 0.0
     for c in range(num_classes):
-        forward = tile[c * LANES : (c + 1) * LANES]
-        upstream = upstreams[c * LANES : (c + 1) * LANES]
+        forward = tile[c * step : c * step + LANES]
+        upstream = upstreams[c * step : c * step + LANES]
         for j in range(LANES):
             lane[j] += upstream[j] if log_probs else upstream[j] * forward[j]
         if c % RUN == RUN - 1 or c == num_classes - 1:
@@ -1744,13 +1826,13 @@ def _backward_tile(g, p, out, r, scratch, first, n, num_classes, inner, storage,
                 r[OTHERS + j] += np.float64(lane[j])
                 lane[j] = 0
     if log_probs:
-        _tile_largest(tile, num_classes, r)
+        _tile_largest(tile, num_classes, step, r)
     for j in range(LANES):
         pivot[j], magic[j], lowest[j], unit = _reference(real(r[MAXIMUM + j] if log_probs else 0.0))
         f[j] = r[OTHERS + j] * unit if log_probs else r[OTHERS + j]
     for c in range(num_classes):
-        forward = tile[c * LANES : (c + 1) * LANES]
-        upstream = upstreams[c * LANES : (c + 1) * LANES]
+        forward = tile[c * step : c * step + LANES]
+        upstream = upstreams[c * step : c * step + LANES]
         if log_probs:
             for j in range(LANES):
                 forward[j] = (
@@ -1759,27 +1841,28 @@ def _backward_tile(g, p, out, r, scratch, first, n, num_classes, inner, storage,
         else:
             for j in range(LANES):
                 forward[j] = forward[j] * (upstream[j] - f[j])
-    _store_tile(out, tile, scratch, r, first, n, num_classes, inner, storage, stream)
 
 
 @_entry
 def _backward_share(g, p, out, shape, storage, log_probs, scratch, fields, units, thread, threads):
     """softmax_backward: p (g - sum g p); with log_probs: g - exp(p) sum g."""
-    rows, num_classes, inner, group, stream = shape
+    rows, num_classes, inner, tiled, group, step, stream = shape
     g, p, out = _borrow(g), _borrow(p), _borrow(out)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
+    buffer, tile, upstreams = _tile_scratch(own, num_classes, step)
     _begin_carries(r)
-    size = group if group else LANES
     for unit in _share(units, thread, threads):
-        first = unit * size
-        n = min(size, rows - first)
-        if group:
+        first = unit * group
+        n = min(group, rows - first)
+        if not tiled:
             _backward_rows(g, p, out, r, own, first, n, num_classes, storage, stream, log_probs)
-        else:
-            _backward_tile(
-                g, p, out, r, own, first, n, num_classes, inner, storage, stream, log_probs
-            )
-    _flush_carries(out, r, own, num_classes)
+            continue
+        _load_tiles(p, tile, buffer, first, n, num_classes, inner, step, storage)
+        _load_tiles(g, upstreams, buffer, first, n, num_classes, inner, step, storage)
+        for lane in range(0, n, LANES):
+            _backward_tile(tile[lane:], upstreams[lane:], r, num_classes, step, log_probs)
+        _store_tiles(out, tile, own, r, first, n, num_classes, inner, step, storage, stream)
+    _flush_carries(out, r, own, num_classes, step)
     _end_stream()
 
 
@@ -1788,7 +1871,7 @@ def _nll_share(
     log_probs, target, weight, sample_weight, shape, storage, ignore_index, losses, scratch,
     fields, partial, units, thread, threads,
 ):  # fmt: skip
-    rows, num_classes, inner, _, _ = shape
+    rows, num_classes, inner, _, _, _, _ = shape
     r = fields[thread]
     scratch = scratch[thread]
     for unit in _share(units, thread, threads):
@@ -1812,7 +1895,7 @@ def _nll_backward_share(
     units, thread, threads,
 ):  # fmt: skip
     """The gradient at the targets, into `out` that holds zeros."""
-    rows, num_classes, inner, _, _ = shape
+    rows, num_classes, inner, _, _, _, _ = shape
     r = fields[thread]
     scratch = scratch[thread]
     for unit in _share(units, thread, threads):
@@ -1932,10 +2015,11 @@ def cross_entropy(
     x, storage = _flat(logits)
     shape, units, threads = _plan(logits, grad, num_threads)
     weight_sum = float(logits.shape[1] if weight is None else weight.sum())
+    relative, largest = _relative(weight, logits)
     partial = np.empty(units)
     arguments = (
-        x, _integers(target), _or_absent(weight), _or_absent(sample_weight), shape, storage,
-        ignore_index, (label_smoothing, z_loss, scale, weight_sum),
+        x, _integers(target), _or_absent(weight), relative, _or_absent(sample_weight), shape,
+        storage, ignore_index, (label_smoothing, z_loss, scale, weight_sum, largest),
         *_outputs(logits, losses, grad), *_scratch(logits, shape, threads), partial,
     )  # fmt: skip
     _run(_cross_entropy_share, arguments, units, threads)
@@ -1948,10 +2032,11 @@ def cross_entropy_soft(
     x, storage = _flat(logits)
     soft, soft_storage = _flat(target)
     shape, units, threads = _plan(logits, grad, num_threads)
+    relative, largest = _relative(weight, logits)
     partial = np.empty(units)
     arguments = (
-        x, soft, _or_absent(weight), _or_absent(sample_weight), shape, storage, soft_storage,
-        (label_smoothing, z_loss, scale), *_outputs(logits, losses, grad),
+        x, soft, relative, _or_absent(sample_weight), shape, storage, soft_storage,
+        (label_smoothing, z_loss, scale, largest), *_outputs(logits, losses, grad),
         *_scratch(logits, shape, threads), partial,
     )  # fmt: skip
     _run(_cross_entropy_soft_share, arguments, units, threads)
@@ -2024,6 +2109,14 @@ def _or_absent(array):
     return _ABSENT if array is None else _read_only(array)
 
 
+def _relative(weight, logits):
+    """Class weights over the largest, in the compute type; and the largest."""
+    if weight is None:
+        return _read_only(np.empty(0, _compute_dtype(logits))), 1.0
+    largest = float(weight.max()) or 1.0
+    return _read_only((weight / largest).astype(_compute_dtype(logits))), largest
+
+
 def _outputs(logits, losses, grad):
     """Arrays of the types that the kernels expect, empty where nothing is to be written."""
     if losses is None:
@@ -2034,26 +2127,33 @@ def _outputs(logits, losses, grad):
 
 
 def _plan(array, out, num_threads):
-    """(rows, num_classes, inner, group, stream), the units, and how many threads they are for."""
+    """The shape that shares take, the units, and how many threads they are for."""
     outer, num_classes, inner = array.shape
     rows = outer * inner
-    group = 0
-    if inner == 1 and num_classes > SHORT_ROW:
+    tiled = inner > 1 or num_classes <= SHORT_ROW
+    group = step = LANES
+    if not tiled:
         group = min(max(GROUP // num_classes, 1), LANES)
-    units = -(-rows // (group or LANES))
+    elif inner > 1:
+        tiles = min(WIDE // (num_classes * LANES), rows // (LANES * FEWEST_UNITS), MOST_TILES)
+        if tiles > 1:
+            group = LANES * tiles
+            step = group + LINE // 4  # else classes fall on the same sets of the cache
+    units = -(-rows // group)
     # In place, what is written is in the cache already.
     stream = out is not None and out.nbytes >= STREAM_BYTES and not np.may_share_memory(array, out)
-    return (rows, num_classes, inner, group, stream), units, min(num_threads, units)
+    shape = (rows, num_classes, inner, tiled, group, step, stream)
+    return shape, units, min(num_threads, units)
 
 
 def _scratch(array, shape, threads):
     """Scratch for each thread: taken here, so that want of memory is an error and no crash."""
-    _, num_classes, inner, group, stream = shape
+    _, num_classes, inner, tiled, group, step, stream = shape
     carries = 0
-    if group:
+    if not tiled:
         size = 2 * BLOCK + group * num_classes + CHUNK
     else:
-        size = _tile_numbers.py_func(num_classes)
+        size = _tile_numbers.py_func(num_classes, step)
         if stream and inner > 1 and array.itemsize != 2:
             carries = num_classes
             size += carries * (LINE // array.itemsize)
