@@ -1919,10 +1919,12 @@ def _check_share(
 ):
     """The sum of the weights of each block, or -1 where a target is out of range."""
     y = _lanes(np.int64)
+    lane = _lanes(np.float64)
     for block in _share(units, thread, threads):
         last = min((block + 1) * CHECK_BLOCK, size)
         used = bad = 0
-        total = 0.0
+        for i in range(LANES):
+            lane[i] = 0.0
         for start in range(block * CHECK_BLOCK, last, LANES):
             n = min(LANES, last - start)
             _read_indices(target, start, n, y)
@@ -1934,9 +1936,9 @@ def _check_share(
                 for i in range(n):
                     if y[i] != ignore_index and 0 <= y[i] < num_classes:
                         row_weight = sample_weight[start + i] if sample_weight.size else 1.0
-                        total += row_weight * (weight[y[i]] if weight.size else 1.0)
-        if weight.size == 0 and sample_weight.size == 0:
-            total = np.float64(used)
+                        lane[i] += row_weight * (weight[y[i]] if weight.size else 1.0)
+        weighted = weight.size or sample_weight.size
+        total = _fold(lane) if weighted else np.float64(used)
         sums[block] = -1.0 if bad else total
 
 
