@@ -52,6 +52,7 @@ RUN = 16  # float32 additions to one lane of a tile before the sum moves on to f
 CHECK_BLOCK = 4096  # targets that one unit of check_target reads
 LINE = 64  # bytes of a cache line
 STREAM_BYTES = 1 << 24  # results from this size on are written past the caches
+IEEE = np.uint32(0x1F80)  # to nearest, denormals kept: results do not depend on what somebody set
 
 # How 16 bits are to be read, and how the bytes of targets.
 FLOATS, FLOAT16, BFLOAT16 = 0, 1, 2
@@ -223,6 +224,15 @@ def _stream_line(typing_context, to, to_index, source, source_index):
     return types.void(to, types.intp, source, types.intp), generate
 
 
+def _sse(builder, name, arguments=()):
+    """Call one of the instructions that only x86 has; elsewhere do nothing."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        function_type = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        name = f"llvm.x86.sse.{name}"
+        function = cgutils.get_or_insert_function(builder.module, function_type, name)
+        builder.call(function, arguments)
+
+
 @intrinsic
 def _load_index(typing_context, data, kind, index):
     """Integer number index of bytes whose type is INTEGERS[kind]; what int64 lacks, as its last."""
@@ -301,15 +311,25 @@ def _end_stream(typing_context):
     """What was streamed is there for other threads to see."""
 
     def generate(context, builder, signature, arguments):
-        if platform.machine().lower() in ("x86_64", "amd64"):
-            function_type = ir.FunctionType(ir.VoidType(), [])
-            fence = cgutils.get_or_insert_function(
-                builder.module, function_type, "llvm.x86.sse.sfence"
-            )
-            builder.call(fence, [])
+        _sse(builder, "sfence")
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic
+def _set_float_mode(typing_context, mode):
+    """Set how this thread rounds and whether it flushes denormals; return how it was."""
+
+    def generate(context, builder, signature, arguments):
+        before = cgutils.alloca_once_value(builder, arguments[0])
+        after = cgutils.alloca_once_value(builder, arguments[0])
+        byte = ir.IntType(8).as_pointer()
+        _sse(builder, "stmxcsr", [builder.bitcast(before, byte)])
+        _sse(builder, "ldmxcsr", [builder.bitcast(after, byte)])
+        return builder.load(before)
+
+    return types.uint32(types.uint32), generate
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1599,6 +1619,7 @@ def _share(units, thread, threads):
 
 @_entry
 def _softmax_share(x, out, shape, storage, scratch, fields, units, thread, threads):
+    mode = _set_float_mode(IEEE)
     rows, num_classes, inner, tiled, group, step, stream = shape
     x, out = _borrow(x), _borrow(out)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
@@ -1616,11 +1637,13 @@ def _softmax_share(x, out, shape, storage, scratch, fields, units, thread, threa
         _store_tiles(out, tile, own, r, first, n, num_classes, inner, step, storage, stream)
     _flush_carries(out, r, own, num_classes, step)
     _end_stream()
+    _set_float_mode(mode)
 
 
 @_entry
 def _log_softmax_share(x, out, shape, storage, log_probs, scratch, fields, units, thread, threads):
     """log_softmax, or, without log_probs, logsumexp."""
+    mode = _set_float_mode(IEEE)
     rows, num_classes, inner, tiled, group, step, stream = shape
     x, out = _borrow(x), _borrow(out)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
@@ -1643,6 +1666,7 @@ def _log_softmax_share(x, out, shape, storage, log_probs, scratch, fields, units
             _store(out, first, tile[:n], storage, False)
     _flush_carries(out, r, own, num_classes, step)
     _end_stream()
+    _set_float_mode(mode)
 
 
 @_entry
@@ -1650,6 +1674,7 @@ def _cross_entropy_share(
     x, target, weight, relative_weight, sample_weight, shape, storage, ignore_index, options,
     losses, out, scratch, fields, partial, units, thread, threads,
 ):  # fmt: skip
+    mode = _set_float_mode(IEEE)
     rows, num_classes, inner, tiled, group, step, stream = shape
     smoothing, z_loss, scale, weight_sum, largest = options
     uniform = smoothing / num_classes
@@ -1699,6 +1724,7 @@ def _cross_entropy_share(
             )
     _flush_carries(out, r, own, num_classes, step)
     _end_stream()
+    _set_float_mode(mode)
 
 
 @_entry
@@ -1706,6 +1732,7 @@ def _cross_entropy_soft_share(
     x, soft, relative_weight, sample_weight, shape, storage, soft_storage, options, losses, out,
     scratch, fields, partial, units, thread, threads,
 ):  # fmt: skip
+    mode = _set_float_mode(IEEE)
     rows, num_classes, inner, tiled, group, step, stream = shape
     smoothing, z_loss, scale, largest = options
     keep, uniform = 1.0 - smoothing, smoothing / num_classes
@@ -1753,6 +1780,7 @@ def _cross_entropy_soft_share(
             )
     _flush_carries(out, r, own, num_classes, step)
     _end_stream()
+    _set_float_mode(mode)
 
 
 @_inline
@@ -1846,6 +1874,7 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
 @_entry
 def _backward_share(g, p, out, shape, storage, log_probs, scratch, fields, units, thread, threads):
     """softmax_backward: p (g - sum g p); with log_probs: g - exp(p) sum g."""
+    mode = _set_float_mode(IEEE)
     rows, num_classes, inner, tiled, group, step, stream = shape
     g, p, out = _borrow(g), _borrow(p), _borrow(out)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
@@ -1864,6 +1893,7 @@ def _backward_share(g, p, out, shape, storage, log_probs, scratch, fields, units
         _store_tiles(out, tile, own, r, first, n, num_classes, inner, step, storage, stream)
     _flush_carries(out, r, own, num_classes, step)
     _end_stream()
+    _set_float_mode(mode)
 
 
 @_entry
@@ -1871,6 +1901,7 @@ def _nll_share(
     log_probs, target, weight, sample_weight, shape, storage, ignore_index, losses, scratch,
     fields, partial, units, thread, threads,
 ):  # fmt: skip
+    mode = _set_float_mode(IEEE)
     rows, num_classes, inner, _, _, _, _ = shape
     r = fields[thread]
     scratch = scratch[thread]
@@ -1887,6 +1918,7 @@ def _nll_share(
             log_p = np.float64(_load_one(log_probs, place, storage))
             r[LOSS + i] = _times(r[ROW_WEIGHT + i], -log_p * r[TARGET_WEIGHT + i])
         partial[unit] = _deliver_losses(r, n, losses, start, scratch)
+    _set_float_mode(mode)
 
 
 @_entry
@@ -1895,6 +1927,7 @@ def _nll_backward_share(
     units, thread, threads,
 ):  # fmt: skip
     """The gradient at the targets, into `out` that holds zeros."""
+    mode = _set_float_mode(IEEE)
     rows, num_classes, inner, _, _, _, _ = shape
     r = fields[thread]
     scratch = scratch[thread]
@@ -1911,6 +1944,7 @@ def _nll_backward_share(
             # Subtracting from 0 makes +0 of a product that is 0.
             scratch[0] = 0.0 - scale * r[TARGET_WEIGHT + i] * r[ROW_WEIGHT + i]
             _store(out, place, scratch[:1], storage, False)
+    _set_float_mode(mode)
 
 
 @_entry
@@ -1918,6 +1952,7 @@ def _check_share(
     target, weight, sample_weight, size, num_classes, ignore_index, sums, units, thread, threads
 ):
     """The sum of the weights of each block, or -1 where a target is out of range."""
+    mode = _set_float_mode(IEEE)
     y = _lanes(np.int64)
     lane = _lanes(np.float64)
     for block in _share(units, thread, threads):
@@ -1940,6 +1975,7 @@ def _check_share(
         weighted = weight.size or sample_weight.size
         total = _fold(lane) if weighted else np.float64(used)
         sums[block] = -1.0 if bad else total
+    _set_float_mode(mode)
 
 
 # ---------------------------------------------------------------------------------------------
