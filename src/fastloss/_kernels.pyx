@@ -1907,6 +1907,19 @@ cdef void run_share(
     fl_leave_ieee_mode(mode)
 
 
+cdef void run_shares(
+    const Job* job, Operation operation, Py_ssize_t units, int threads, char* scratch,
+    Py_ssize_t scratch_bytes,
+) noexcept:
+    cdef int thread
+    if threads == 1:  # no parallel region: a forked child must not enter one
+        with nogil:
+            run_share(job, operation, units, 0, 1, scratch, scratch_bytes)
+        return
+    for thread in prange(threads, nogil=True, schedule="static", chunksize=1, num_threads=threads):
+        run_share(job, operation, units, thread, threads, scratch, scratch_bytes)
+
+
 cdef inline Py_ssize_t round_up(Py_ssize_t n) noexcept:
     """To whole cache lines."""
     return (n + LINE - 1) // LINE * LINE
@@ -1943,7 +1956,7 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
     """Run an operation on all its units; return the sum of the row losses, where it has any."""
     cdef Py_ssize_t scratch_bytes = plan(job, operation)
     cdef Py_ssize_t units = (job.rows + job.group - 1) // job.group
-    cdef int thread, threads = <int>min(<Py_ssize_t>num_threads, units)
+    cdef int threads = <int>min(<Py_ssize_t>num_threads, units)
     cdef cnp.ndarray memory, partial
     cdef char* scratch
     if units == 0:
@@ -1953,14 +1966,10 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
     partial = np.empty(units)
     scratch = <char*>round_up(<Py_ssize_t>cnp.PyArray_BYTES(memory))
     job.partial = <double*>cnp.PyArray_DATA(partial)
-    if threads == 1:  # no parallel region: a forked child must not enter one
-        with nogil:
-            run_share(job, operation, units, 0, 1, scratch, scratch_bytes)
-    else:
-        for thread in prange(
-            threads, nogil=True, schedule="static", chunksize=1, num_threads=threads
-        ):
-            run_share(job, operation, units, thread, threads, scratch, scratch_bytes)
+    run_shares(job, operation, units, threads, scratch, scratch_bytes)
+    if operation == NLL and job.out != NULL:  # which may be log_probs: not before these were read
+        clear(job.out, job.rows * job.num_classes * itemsize(job.storage), num_threads)
+        run_shares(job, NLL_BACKWARD, units, threads, scratch, scratch_bytes)
     if operation < CROSS_ENTROPY:
         return 0.0
     # NumPy adds pairwise, in an order that depends on the number of units alone.
@@ -2087,16 +2096,11 @@ def nll_loss(
     cnp.ndarray grad, int num_threads,
 ):
     cdef Job job = job_of(log_probs, grad)
-    cdef double total
     add_target(&job, target, ignore_index)
     add_weights(&job, weight, sample_weight)
     job.scale = scale
     job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
-    total = run(&job, NLL, num_threads)
-    if grad is not None:  # which may be log_probs: not before these were read
-        clear(job.out, cnp.PyArray_NBYTES(grad), num_threads)
-        run(&job, NLL_BACKWARD, num_threads)
-    return total
+    return run(&job, NLL, num_threads)
 
 
 cdef void clear(char* data, Py_ssize_t size, int threads) noexcept:
