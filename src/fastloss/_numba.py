@@ -26,7 +26,9 @@ Everything that jitted code calls is in this file: the on-disk cache does not no
 another.  Only the functions that Python calls are cached; the rest is linked into them.
 """
 
+import contextlib
 import functools
+import hashlib
 import platform
 import threading
 
@@ -36,6 +38,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import populate_array
 
@@ -99,11 +102,40 @@ def _entry(function=None, *, parallel=False):
     """A function that Python calls: cached on disk, where there is a place for it."""
     if function is None:
         return lambda function: _entry(function, parallel=parallel)
-    options = {**_common, "parallel": parallel}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package nor the user's cache directory can be written to
-        return njit(**options)(function)
+    dispatcher = njit(parallel=parallel, **_common)(function)
+    with contextlib.suppress(RuntimeError):  # nowhere to write: not in the package, nor elsewhere
+        dispatcher._cache = _Cache(function)
+    return dispatcher
+
+
+class _Cache(FunctionCache):
+    """Numba's on-disk cache, with files for each signature, and without errors of its own.
+
+    Numba has one index for all signatures of a function.  Two processes that compile one each, at
+    the same time, would each give the same name to their code, and one would run the other's.
+    """
+
+    def load_overload(self, sig, target_context):
+        self._choose_file(sig, target_context.codegen())
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # unpickling a damaged file may raise anything
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None  # compile anew
+
+    def save_overload(self, sig, data):
+        self._choose_file(sig, data.codegen)
+        with contextlib.suppress(OSError):  # the disk is full, or can no longer be written to
+            super().save_overload(sig, data)
+
+    def _choose_file(self, sig, codegen):
+        key = hashlib.sha256(repr(self._index_key(sig, codegen)).encode()).hexdigest()
+        self._cache_file = IndexDataCacheFile(
+            self._cache_path,
+            f"{self._impl.filename_base}.{key[:16]}",
+            self._impl.locator.get_source_stamp(),
+        )
 
 
 # ---------------------------------------------------------------------------------------------
