@@ -3,12 +3,11 @@
 from fastloss._backend import (
     available_backends,
     get_backend,
-    get_num_threads,
     set_backend,
-    set_num_threads,
     show_config,
     warmup,
 )
+from fastloss._threads import get_num_threads, set_num_threads
 from fastloss.functional import (
     cross_entropy,
     cross_entropy_with_grad,

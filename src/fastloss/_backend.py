@@ -1,15 +1,16 @@
-"""Which backend runs, and on how many threads.
+"""Which backend runs.
 
 A backend is a module with the functions of ``_reference``.  To add one, add a line to ``_MODULES``.
 Modules are imported when first asked for: ``import fastloss`` stays cheap, and a missing backend
 hurts only those who name it.
 """
 
-import functools
 import importlib
 import os
 import sys
 from types import ModuleType
+
+from fastloss._threads import get_num_threads, threads_for, usable_cpus
 
 _MODULES = {
     "cython": "fastloss._cython",
@@ -18,28 +19,14 @@ _MODULES = {
 }
 _AUTO = ("cython", "numba")
 _INSTALL = {
-    "cython": "its compiled extension is not there; with a C compiler at hand, run "
+    "cython": "its compiled extension cannot be loaded; with a C compiler at hand, run "
     "`pip install --force-reinstall --no-binary fastloss fastloss`",
     "numba": "run `pip install numba`",
     "numpy": "run `pip install numpy`",
 }
 
-# Below this many array elements a call costs less than waking up a second thread.
-_PARALLEL_ELEMENTS = 1 << 15
-
 _ready: set[str] = set()  # backends whose import has succeeded
 _selected: ModuleType | None = None  # what calls without backend= use; None: not yet decided
-_num_threads: int | None = None  # set_num_threads; None: what the environment and the CPU say
-_forked = False  # thread pools do not survive a fork: a child computes on its one thread
-
-
-def _after_fork_in_child() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def resolve(backend: str | None) -> ModuleType:
@@ -153,105 +140,6 @@ def _failure(name: str) -> str | None:
     return None
 
 
-def set_num_threads(num_threads: int | None) -> None:
-    """Set how many threads a call may use that does not say ``num_threads=``.
-
-    Parameters
-    ----------
-    num_threads : int or None
-        At least 1; more than there are CPUs is allowed.  None goes back to the default: the
-        environment variable ``FASTLOSS_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the number
-        of CPUs that affinity and the control group leave to this process.
-
-    Raises
-    ------
-    ValueError
-        If it is less than 1.
-    TypeError
-        If it is not an integer.
-
-    Examples
-    --------
-    >>> import fastloss as fl
-    >>> fl.set_num_threads(1)
-    >>> fl.get_num_threads()
-    1
-    >>> fl.set_num_threads(None)
-    """
-    global _num_threads
-    _num_threads = None if num_threads is None else _checked_threads(num_threads, "num_threads")
-
-
-def get_num_threads() -> int:
-    """The most threads that a call without ``num_threads=`` uses; small work runs on one.
-
-    Examples
-    --------
-    >>> import fastloss as fl
-    >>> fl.get_num_threads() >= 1
-    True
-    """
-    if _forked:
-        return 1
-    return _num_threads or _default_threads()
-
-
-def threads_for(num_threads: int | None, elements: int) -> int:
-    """How many threads a call on so many array elements runs on."""
-    if num_threads is not None:
-        num_threads = _checked_threads(num_threads, "num_threads")
-    if elements < _PARALLEL_ELEMENTS or _forked:
-        return 1
-    return num_threads or get_num_threads()
-
-
-def _checked_threads(num_threads: object, argument: str) -> int:
-    if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
-        raise TypeError(f"{argument} = {num_threads!r} is not an integer")
-    count = num_threads.__index__()
-    if not 1 <= count <= 1 << 16:
-        raise ValueError(f"{argument} = {count} is out of range; it must be from 1 to 65536")
-    return int(count)
-
-
-def _default_threads() -> int:
-    return _threads_of_environment() or _usable_cpus()
-
-
-@functools.cache
-def _threads_of_environment() -> int | None:
-    for variable in ("FASTLOSS_NUM_THREADS", "OMP_NUM_THREADS"):
-        # OMP_NUM_THREADS may be a list, one number per nesting level.
-        value = os.environ.get(variable, "").split(",")[0].strip()
-        if value:
-            try:
-                return _checked_threads(int(value), variable)
-            except ValueError:
-                raise ValueError(
-                    f"the environment variable {variable} = {value!r} is not a number of threads"
-                ) from None
-    return None
-
-
-def _usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):  # asked anew each time: affinity may change in mid-run
-        cpus = len(os.sched_getaffinity(0))
-    else:
-        cpus = os.cpu_count() or 1
-    return min(cpus, _control_group_cpus() or cpus)
-
-
-@functools.cache
-def _control_group_cpus() -> int | None:
-    """The CPU quota of a container, rounded up to whole CPUs."""
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        return max(1, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        return None  # no control group, or no quota ("max")
-
-
 def warmup(backend: str | None = None) -> None:
     """Compile ahead what the Numba backend otherwise compiles in its first calls.
 
@@ -293,18 +181,19 @@ def show_config() -> None:
 
 def config() -> dict[str, str]:
     """What show_config prints."""
-    import importlib.metadata  # slow to import, as is platform, and rarely needed
-    import platform
+    import platform  # slow to import, and rarely needed
+
+    import numpy as np
 
     import fastloss
 
     result = {
         "fastloss": fastloss.__version__,
         "python": platform.python_version(),
-        "numpy": importlib.metadata.version("numpy"),
+        "numpy": np.__version__,
         "CPU": _cpu_name(),
-        "CPUs usable": str(_usable_cpus()),
-        "threads": str(get_num_threads()),
+        "CPUs usable": str(usable_cpus()),
+        "threads": _describe_threads(),
         "backend": get_backend(),
     }
     for name in _MODULES:
@@ -314,6 +203,13 @@ def config() -> dict[str, str]:
             describe = getattr(_load(name, "backend"), "describe", dict)
             result.update(describe())
     return result
+
+
+def _describe_threads() -> str:
+    """How many threads a large call uses, which may be fewer than were asked for."""
+    wanted = get_num_threads()
+    used = threads_for(None, kernels=resolve(None))
+    return str(used) if used == wanted else f"{used} ({wanted} asked for)"
 
 
 def _cpu_name() -> str:

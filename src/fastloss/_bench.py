@@ -23,7 +23,7 @@ import numba
 import numpy as np
 
 import fastloss as fl
-from fastloss import _backend
+from fastloss import _backend, _threads
 
 BACKENDS = ("cython", "numba")
 CHOICES = (*BACKENDS, "numpy")
@@ -506,7 +506,7 @@ def measure(
     """One case with all contenders, as it goes into the JSON file."""
     operation = OPERATIONS[case.operation]
     data = Data(case.shape, case.axis, case.dtype)
-    threads = _backend.threads_for(num_threads, data.logits.size)
+    threads = _threads.threads_for(num_threads, data.logits.size)
     contenders: dict[str, Contender] = {}
     for name in backends:
         if name != "numpy" or data.logits.size <= _REFERENCE_ELEMENTS:

@@ -56,6 +56,8 @@ check_target = _kernels.check_target
 cross_entropy = _kernels.cross_entropy
 cross_entropy_soft = _kernels.cross_entropy_soft
 nll_loss = _kernels.nll_loss
+most_threads = _kernels.most_threads
+openmp_max_threads = _kernels.openmp_max_threads
 
 
 def describe() -> dict[str, str]:

@@ -47,9 +47,15 @@ cdef extern from *:
     #include <stdint.h>
     #include <string.h>
     #ifdef _OPENMP
+    #include <omp.h>
     #define FL_OPENMP _OPENMP
+    static int fl_max_threads(void) { return omp_get_max_threads(); }
+    static int fl_thread_limit(void) { return omp_get_thread_limit(); }
     #else
+    #include <limits.h>
     #define FL_OPENMP 0
+    static int fl_max_threads(void) { return INT_MAX; }
+    static int fl_thread_limit(void) { return 1; }
     #endif
 
     static inline int32_t fl_bits_f(float x) { int32_t b; memcpy(&b, &x, 4); return b; }
@@ -257,6 +263,8 @@ cdef extern from *:
     """
     enum:
         FL_OPENMP
+    int fl_max_threads() noexcept nogil
+    int fl_thread_limit() noexcept nogil
     int32_t fl_bits_f(float) noexcept nogil
     float fl_from_bits_f(int32_t) noexcept nogil
     int64_t fl_bits_d(double) noexcept nogil
@@ -2183,6 +2191,16 @@ cdef Py_ssize_t check_block(const Job* job, Py_ssize_t block, double* total) noe
 def openmp_version():
     """The OpenMP standard's date, as the compiler states it; 0 in a serial build."""
     return FL_OPENMP
+
+
+def openmp_max_threads():
+    """How many threads OpenMP would use by itself, here and now; a serial build has no opinion."""
+    return fl_max_threads()
+
+
+def most_threads():
+    """How many threads a call may have, however many it asks for."""
+    return fl_thread_limit()
 
 
 def cpu_runs(int level):

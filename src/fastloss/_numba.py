@@ -27,6 +27,7 @@ another.  Only the functions that Python calls are cached; the rest is linked in
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import platform
@@ -41,6 +42,8 @@ from numba.core import cgutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import populate_array
+
+from fastloss import _threads
 
 LANES = 64  # samples in a tile
 CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
@@ -2017,6 +2020,7 @@ def _check_share(
 _ABSENT = np.empty(0)
 _ABSENT.flags.writeable = False
 _launch_lock = threading.Lock()
+_layer_started = False
 
 
 def softmax(logits, out, num_threads):
@@ -2234,15 +2238,16 @@ def _scratch(array, shape, threads):
 
 def _run(share, arguments, units, threads):
     """On one thread without Numba's thread pool, which a forked child must not touch."""
-    if threads <= 1:
+    if threads <= 1 or not _start_layer():
         if units:
             share(*arguments, units, 0, 1)
         return
-    with _launch_lock:
+    address, arguments = _address(share, arguments), tuple(_apart(arguments))
+    with _launch_lock:  # the workqueue layer aborts the process that uses it from two threads
         before = numba.get_num_threads()
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         try:
-            _on_threads(_address(share, arguments), tuple(_apart(arguments)), units, threads)
+            _on_threads(address, arguments, units, threads)
         finally:
             numba.set_num_threads(before)
 
@@ -2260,6 +2265,38 @@ def _apart(arguments):
     """The arguments, and in place of tuples among them their elements."""
     for argument in arguments:
         yield from argument if isinstance(argument, tuple) else (argument,)
+
+
+def _start_layer():
+    """Start Numba's threads, or say that the system refuses them."""
+    global _layer_started
+    with _launch_lock:
+        if not _layer_started and _threads.can_start(most_threads()):
+            with _openmp_left_alone():
+                numba.get_num_threads()
+            _layer_started = True
+    return _layer_started
+
+
+@contextlib.contextmanager
+def _openmp_left_alone():
+    """Numba's OpenMP layer, when it starts, sets these for everybody who uses that OpenMP."""
+    try:
+        from numba.np.ufunc import omppool
+
+        openmp = ctypes.CDLL(omppool.__file__)
+        threads, levels = openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()
+    except (ImportError, OSError, AttributeError):  # no OpenMP on this system
+        yield
+        return
+    yield
+    openmp.omp_set_num_threads(threads)
+    openmp.omp_set_max_active_levels(levels)
+
+
+def most_threads():
+    """How many threads a call may have, however many it asks for."""
+    return numba.config.NUMBA_NUM_THREADS
 
 
 def warmup():

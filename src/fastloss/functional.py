@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastloss import _arguments, _backend
+from fastloss import _arguments, _backend, _threads
 
 
 def softmax(
@@ -104,7 +104,7 @@ def _map(
 ) -> np.ndarray:
     kernels = _backend.resolve(backend)
     x = _arguments.logits(logits, axis)
-    threads = _backend.threads_for(num_threads, x.array.size)
+    threads = _threads.threads_for(num_threads, x.array.size, kernels)
     result = _arguments.output(out, x, x.array.dtype, (), in_place=(x.normal,))
     getattr(kernels, name)(x.normal, result.normal, threads)
     return result.deliver()
@@ -138,7 +138,7 @@ def logsumexp(
     """
     kernels = _backend.resolve(backend)
     x = _arguments.logits(logits, axis)
-    threads = _backend.threads_for(num_threads, x.array.size)
+    threads = _threads.threads_for(num_threads, x.array.size, kernels)
     result = _arguments.output(out, x.rows, x.array.dtype, (x.normal,))
     kernels.logsumexp(x.normal, result.normal, threads)
     return result.deliver()
@@ -249,7 +249,7 @@ def _map_backward(
     kernels = _backend.resolve(backend)
     p = _arguments.logits(forward, axis, forward_name)
     g = _arguments.like_logits(grad_output, p, "grad_output", forward_name)
-    threads = _backend.threads_for(num_threads, p.array.size)
+    threads = _threads.threads_for(num_threads, p.array.size, kernels)
     result = _arguments.output(out, p, p.array.dtype, (), in_place=(g, p.normal))
     getattr(kernels, name)(g, p.normal, result.normal, threads)
     return result.deliver()
@@ -547,7 +547,7 @@ def _loss(
     kernels = _backend.resolve(backend)
     x = _arguments.logits(scores, axis, name)
     rows = x.rows
-    threads = _backend.threads_for(num_threads, x.array.size)
+    threads = _threads.threads_for(num_threads, x.array.size, kernels)
     divisor = _arguments.reduction(reduction, normalizer)
     ignored = _arguments.ignore_index(ignore_index)
     w = _arguments.class_weight(weight, x)
