@@ -68,14 +68,25 @@ def _choices_undone():
     fl.set_num_threads(None)
 
 
+def need(name):
+    """An optional module: without it the test is skipped, unless FASTLOSS_REQUIRE lists it."""
+    if name in os.environ.get("FASTLOSS_REQUIRE", "").split():
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
+
+
 @pytest.fixture
 def python():
-    """Run code in a fresh interpreter and return what it printed; environment by keyword."""
+    """Run code in a fresh interpreter and return what it printed; environment by keyword.
 
-    def run(code, **environment):
+    Words of a command may go before the interpreter, and flags behind it.
+    """
+
+    def run(code, *, command=(), flags=(), **environment):
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("FASTLOSS", "OMP"))}
+        environment = {"PYTHONPATH": os.path.dirname(__file__), **environment}  # for calls.py
         result = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code],
+            [*command, sys.executable, "-W", "error", *flags, "-c", code],
             env=inherited | environment, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert result.returncode == 0, f"exit {result.returncode}\n{result.stderr}"

@@ -1,12 +1,7 @@
-"""Choosing a backend, its threads, and what that must leave alone."""
+"""Choosing a backend, and what that must leave alone."""
 
 import inspect
-import os
 import platform
-import sys
-import threading
-import time
-import warnings
 
 import numpy as np
 import pytest
@@ -20,20 +15,6 @@ CONTRACT = [
 ]
 X = np.random.default_rng(0).normal(size=(3000, 20)).astype(np.float32)  # enough for two threads
 Y = np.arange(len(X)) % 20
-
-# Put before an import, these make a module impossible to import.
-HIDE = """
-import sys
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.startswith({names!r}):
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Hide())
-import fastloss as fl
-"""
-NO_NUMBA = HIDE.format(names="numba")
-NO_EXTENSION = HIDE.format(names="fastloss._kernels")
-NEITHER = HIDE.format(names=("numba", "fastloss._kernels"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -137,58 +118,6 @@ print(fl.softmax([1, 1], backend="numpy"))
     assert python(code, FASTLOSS_BACKEND="mkl") == f"{error}'numpy'\n{error}'numpy'\n[0.5 0.5]"
 
 
-def test_without_numba(python):
-    code = """
-print(fl.available_backends(), fl.get_backend(), fl.softmax([1, 1]))
-for call in (
-    lambda: fl.set_backend("numba"),
-    lambda: fl.softmax([1, 1], backend="numba"),
-    lambda: fl.warmup("numba"),
-):
-    try:
-        call()
-    except ImportError as error:
-        print(error)
-print(fl.get_backend())
-fl.show_config()
-"""
-    available, *errors, backend, config = python(NO_NUMBA + code).split("\n", 5)
-    assert available == "['cython', 'numpy'] cython [0.5 0.5]"
-    text = "backend 'numba' is not available: run `pip install numba` (No module named 'numba')"
-    assert errors == [text] * 3
-    assert backend == "cython"
-    assert text in config
-
-
-def test_without_the_extension(python):
-    code = """
-print(fl.available_backends(), fl.get_backend(), fl.softmax([1, 1]))
-try:
-    fl.softmax([1, 1], backend="cython")
-except ImportError as error:
-    print(error)
-"""
-    available, error = python(NO_EXTENSION + code).split("\n")
-    assert available == "['numba', 'numpy'] numba [0.5 0.5]"
-    assert error.startswith("backend 'cython' is not available: its compiled extension is not ")
-    assert "pip install --force-reinstall --no-binary fastloss fastloss" in error
-
-
-def test_without_either(python):
-    """Auto never falls to the slow reference; who asks for that by name gets it."""
-    code = """
-try:
-    fl.softmax([1, 1])
-except ImportError as error:
-    print(error)
-print(fl.softmax([1, 1], backend="numpy"))
-"""
-    error, result = python(NEITHER + code).split("\n")
-    assert "pip install numba" in error
-    assert "--no-binary fastloss" in error
-    assert result == "[0.5 0.5]"
-
-
 @pytest.mark.parametrize("isa", _cython.available_isas())
 def test_forced_instruction_set(python, isa):
     config = python("import fastloss as fl; fl.show_config()", FASTLOSS_ISA=isa)
@@ -250,7 +179,7 @@ print([name for name, a, b in zip(names, before, after) if a != b])
 
 
 # ---------------------------------------------------------------------------------------------
-# show_config, warmup, threads
+# show_config, warmup
 # ---------------------------------------------------------------------------------------------
 
 
@@ -283,180 +212,3 @@ def test_warmup(python):
     assert python(code.format("'cython'")) == "False"
     assert python(code.format("")) == "False"
     assert python(code.format("'numba'")) == "True"
-
-
-def test_set_num_threads():
-    usable = fl.get_num_threads()
-    assert usable >= 1
-    fl.set_num_threads(5)
-    assert fl.get_num_threads() == 5
-    fl.set_num_threads(np.int64(1))
-    assert fl.get_num_threads() == 1
-    fl.set_num_threads(None)
-    assert fl.get_num_threads() == usable
-
-
-def test_num_threads_reach_the_kernel(monkeypatch):
-    seen = []
-    monkeypatch.setattr(_reference, "softmax", lambda *arguments: seen.append(arguments[-1]))
-    fl.set_num_threads(3)
-    fl.softmax(X, backend="numpy")
-    fl.softmax(X, backend="numpy", num_threads=7)
-    fl.softmax(X[:10], backend="numpy", num_threads=7)  # too little work for two
-    assert seen == [3, 7, 1]
-
-
-def test_thread_counts_of_the_environment(python):
-    code = "import fastloss as fl; print(fl.get_num_threads())"
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert 1 <= int(python(code)) <= usable
-    assert python(code, OMP_NUM_THREADS="3") == "3"
-    assert python(code, OMP_NUM_THREADS="4,2") == "4"
-    assert python(code, FASTLOSS_NUM_THREADS="5", OMP_NUM_THREADS="3") == "5"
-    for variable in ("FASTLOSS_NUM_THREADS", "OMP_NUM_THREADS"):
-        wrong = """
-import fastloss as fl
-try:
-    fl.get_num_threads()
-except ValueError as error:
-    print(error)
-"""
-        for value in ("many", "0", "-1"):
-            text = f"the environment variable {variable} = '{value}' is not a number of threads"
-            assert python(wrong, **{variable: value}) == text
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
-def test_affinity_is_respected(python):
-    code = """
-import os
-import fastloss as fl
-os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-print(fl.get_num_threads())
-"""
-    assert python(code) == "1"
-
-
-def test_numba_keeps_its_own_thread_count(python):
-    code = """
-import numba, numpy as np
-import fastloss as fl
-numba.set_num_threads(1)
-x = np.zeros((50_000, 3), np.float32)
-fl.softmax(x, backend="numba", num_threads=2)
-print(numba.get_num_threads())
-"""
-    assert python(code) == "1"
-
-
-# ---------------------------------------------------------------------------------------------
-# Threads and forks
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_works(backend):
-    """And its own child, after the parent has used its threads."""
-    expected = fl.cross_entropy_with_grad(X, Y, backend=backend, num_threads=2)
-
-    def agrees():
-        loss, grad = fl.cross_entropy_with_grad(X, Y, backend=backend, num_threads=2)
-        return loss == expected[0] and np.array_equal(grad, expected[1])
-
-    def grandchild():
-        return agrees() and _in_a_fork(agrees)
-
-    assert _in_a_fork(grandchild)
-    assert agrees()
-
-
-def _in_a_fork(function, seconds=30):
-    """Whether the function returns True in a forked child, in time."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork of a process with threads
-        child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = 0 if function() else 2
-        finally:
-            os._exit(code)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.01)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    return False
-
-
-def test_concurrent_calls(backend):
-    """Python threads, each with calls of several threads."""
-    expected = fl.cross_entropy_with_grad(X, Y, backend=backend)
-    wrong = []
-
-    def work():
-        for _ in range(10):
-            loss, grad = fl.cross_entropy_with_grad(X, Y, backend=backend, num_threads=2)
-            if loss != expected[0] or not np.array_equal(grad, expected[1]):
-                wrong.append(loss)
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not wrong
-
-
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_concurrent_calls_on_a_layer_of_numba(python, layer):
-    """The workqueue layer aborts the process that uses it from two threads at once."""
-    code = """
-from concurrent.futures import ThreadPoolExecutor
-import numba, numpy as np
-import fastloss as fl
-x = np.random.default_rng(0).normal(size=(3000, 20)).astype(np.float32)
-y = np.arange(3000) % 20
-call = lambda _: fl.cross_entropy_with_grad(x, y, backend="numba", num_threads=2)
-expected = call(0)
-with ThreadPoolExecutor(8) as pool:
-    results = list(pool.map(call, range(60)))
-print(numba.threading_layer(), all(
-    loss == expected[0] and np.array_equal(grad, expected[1]) for loss, grad in results
-))
-"""
-    assert python(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == f"{layer} True"
-
-
-def test_the_gil_is_released(backend):
-    """Another thread gets its turn while a kernel runs, however long the switch interval."""
-    if backend == "numpy":
-        return  # NumPy releases it as it pleases
-    x = np.zeros((2_000_000, 10), np.float32)
-    y = np.zeros(len(x), np.int64)
-    out = np.empty_like(x)
-    fl.cross_entropy_with_grad(x, y, out=out, backend=backend, num_threads=1)
-    ticks = []
-    stop = threading.Event()
-
-    def tick():
-        while not stop.wait(0.001):
-            ticks.append(time.perf_counter())
-
-    interval = sys.getswitchinterval()
-    ticker = threading.Thread(target=tick)
-    try:
-        sys.setswitchinterval(30)
-        ticker.start()
-        started = time.perf_counter()
-        fl.cross_entropy_with_grad(x, y, out=out, backend=backend, num_threads=1)
-        ended = time.perf_counter()
-    finally:
-        sys.setswitchinterval(interval)
-        stop.set()
-        ticker.join()
-    assert sum(started < moment < ended for moment in ticks) >= 2
