@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import calls
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -73,6 +74,13 @@ def need(name):
     if name in os.environ.get("FASTLOSS_REQUIRE", "").split():
         return importlib.import_module(name)
     return pytest.importorskip(name)
+
+
+@pytest.fixture(scope="session")
+def warm_cache():
+    """What calls.py calls is compiled here, once, and no subprocess spends its time on it."""
+    for num_threads in (1, 2):
+        calls.digest("numba", num_threads)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from conftest import need
 import fastloss as fl
 from fastloss import _cython, _reference, _threads
 
+pytestmark = pytest.mark.usefixtures("warm_cache")
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc to count in")
 parallel_build = pytest.mark.skipif(_cython.most_threads() == 1, reason="built without OpenMP")
 
@@ -41,7 +42,7 @@ def test_eight_threads_mix_everything(python, layer, module):
         pytest.skip(f"this Numba has no {layer} layer")
     code = """
 import calls, numba
-print(calls.wrong_of_many_threads(seconds=3), numba.threading_layer())
+print(calls.wrong_of_many_threads(seconds=2), numba.threading_layer())
 """
     assert python(code, NUMBA_THREADING_LAYER=layer) == f"[] {layer}"
 
@@ -378,7 +379,7 @@ def test_orders_of_import(python, other, first):
         + f"""
 import numpy as np
 expected = calls.digest("cython", 1)
-for _ in range(5):
+for _ in range(2):
     {OTHERS[other]}
     assert calls.digest("cython") == expected
 with open("/proc/self/maps") as file:
