@@ -312,3 +312,14 @@ def test_maxima_halfway_between_two_powers_of_two(dtype, num_classes, backend):
     np.testing.assert_allclose(grad[:, 0], 1 / (1 + np.exp(-1.0)), rtol=2e-5)
     lse = fl.logsumexp(logits, backend=backend)
     np.testing.assert_allclose(lse - maxima, np.log1p(np.exp(-1.0)), atol=5e-5)
+
+
+def test_infinite_losses_are_no_floating_point_error(backend):
+    """Even where the user has told NumPy to raise those, and `out` is written already."""
+    log_probs = np.zeros((200, 3), np.float32)
+    log_probs[0], log_probs[-1] = np.inf, -np.inf
+    out = np.empty_like(log_probs)
+    with np.errstate(all="raise"):
+        loss, _ = fl.nll_loss_with_grad(log_probs, np.zeros(200, int), out=out, backend=backend)
+    assert np.isnan(loss)
+    assert (out[:, 0] < 0).all()

@@ -1980,8 +1980,12 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
         run_shares(job, NLL_BACKWARD, units, threads, scratch, scratch_bytes)
     if operation < CROSS_ENTROPY:
         return 0.0
-    # NumPy adds pairwise, in an order that depends on the number of units alone.
-    return job.partial[0] if units == 1 else partial.sum()
+    if units == 1:
+        return job.partial[0]
+    # NumPy adds pairwise, in an order that depends on the number of units alone. Out is written: a
+    # sum of losses that is infinite or NaN must not become an error now.
+    with np.errstate(all="ignore"):
+        return partial.sum()
 
 
 cdef Storage storage_of(cnp.ndarray array) except? FLOAT64:

@@ -2144,7 +2144,11 @@ def nll_loss(
 
 def _total(partial):
     """The sum of the row losses from those of the units; small calls have one."""
-    return partial.item() if partial.size == 1 else float(partial.sum())
+    if partial.size == 1:
+        return partial.item()
+    # Out is written: a sum of losses that is infinite or NaN must not become an error now.
+    with np.errstate(all="ignore"):
+        return float(partial.sum())
 
 
 def _read_only(array):

@@ -216,9 +216,10 @@ def _deliver(loss, row_weight, losses, logits):
     with np.errstate(all="ignore"):
         loss = np.where(row_weight == 0, 0.0, loss * row_weight)[:, 0, :]
         loss = loss.astype(COMPUTE_DTYPE.get(logits.dtype.name, FLOAT32))
+        total = float(loss.sum(dtype=np.float64))
     if losses is not None:
         losses[...] = loss
-    return float(loss.sum(dtype=np.float64))
+    return total
 
 
 def _float64(array):
