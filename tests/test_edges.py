@@ -314,6 +314,25 @@ def test_maxima_halfway_between_two_powers_of_two(dtype, num_classes, backend):
     np.testing.assert_allclose(lse - maxima, np.log1p(np.exp(-1.0)), atol=5e-5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("c", [3, 1000])
+def test_a_gradient_of_nothing_is_0_even_next_to_a_nan(c, reduction, backend):
+    """The classes that occur have no weight, but smoothing gives the others some."""
+    x = np.zeros((5, c), np.float32)
+    x[2, 1] = np.nan
+    w = np.ones(c)
+    w[0] = 0
+    loss, grad = fl.cross_entropy_with_grad(
+        x, [0] * 5, weight=w, label_smoothing=0.5, reduction=reduction, backend=backend
+    )
+    assert np.isnan(loss)
+    np.testing.assert_array_equal(
+        np.isnan(grad).any(1), [False, False, reduction == "sum", *[False] * 2]
+    )
+    if reduction == "mean":
+        assert (grad.view(np.int32) == 0).all()
+
+
 def test_infinite_losses_are_no_floating_point_error(backend):
     """Even where the user has told NumPy to raise those, and `out` is written already."""
     log_probs = np.zeros((200, 3), np.float32)

@@ -75,6 +75,10 @@ ERRORS = [
     (EVERY, {"axis": -3}, ValueError, r"^axis = -3 is out of range for \w+ of shape \(6, 10\)$"),
     (EVERY, {"axis": 1.0}, TypeError, "axis = 1.0 is not an integer"),
     (EVERY, {"axis": None}, TypeError, "axis = None is not an integer"),
+    # what only looks like a number or an array
+    (SCORES, {"logits": [np.ma.masked_array([1.0, 2.0], [0, 1])] * 2}, TypeError,
+     "logits is a masked array, whose mask would be lost; fill it first"),
+    (SCORES, {"logits": [1.0, 10**400]}, TypeError, f"logits has dtype object; {FLOATS}"),
     # the backward pass
     (BACKWARD, {"grad_output": X[:5]}, ValueError,
      r"^grad_output has shape \(5, 10\), expected \(6, 10\), the shape of (log_)?probs$"),
@@ -100,6 +104,8 @@ ERRORS = [
      f"target[5] = {LARGE} is out of range for 10 classes"),
     (LOSSES, {"target": replaced(Y.astype(np.uint64), 5, LARGE), "ignore_index": -1}, IndexError,
      f"target[5] = {LARGE} is out of range for 10 classes"),
+    (LOSSES, {"target": replaced(Y.astype(np.uint64), 5, LARGE), "ignore_index": 2**63 - 1},
+     IndexError, f"target[5] = {LARGE} is out of range for 10 classes"),
     (LOSSES, {"target": replaced(Y.astype(np.uint64), 2, 2**64 - 100)}, IndexError,
      f"target[2] = {2**64 - 100} is out of range for 10 classes"),
     (LOSSES, {"target": replaced(Y.astype(np.int8), 1, -128)}, IndexError,
@@ -186,6 +192,8 @@ ERRORS = [
     (LOSSES, {"normalizer": np.inf}, ValueError, "normalizer = inf is not a finite number above 0"),
     (LOSSES, {"normalizer": "6"}, TypeError, "normalizer = '6' is not a real number"),
     (LOSSES, {"normalizer": 1j}, TypeError, "normalizer = 1j is not a real number"),
+    (LOSSES, {"normalizer": 10**400}, ValueError,
+     "normalizer = inf is not a finite number above 0"),
     (LOSSES, {"normalizer": 6, "reduction": "sum"}, ValueError,
      "normalizer replaces the divisor of the mean; reduction = 'sum'"),
     (LOSSES, {"normalizer": 6, "reduction": "none"}, ValueError,
@@ -205,6 +213,14 @@ ERRORS = [
      "label_smoothing = '0.1' is not a real number"),
     (CROSS_ENTROPY, {"label_smoothing": None}, TypeError,
      "label_smoothing = None is not a real number"),
+    (CROSS_ENTROPY, {"label_smoothing": -(10**400)}, ValueError,
+     "label_smoothing = -inf is out of range; it must be from 0 to 1"),
+    *[
+        (CROSS_ENTROPY, {"label_smoothing": value}, TypeError,
+         f"label_smoothing = {value!r} is not a real number")
+        for value in (np.complex64(0.5), np.array("0.5"), np.str_("0.5"), bytearray(b"0"),
+                      np.timedelta64(0), np.ma.masked_array(0.5))
+    ],
     *[
         (CROSS_ENTROPY, {"z_loss": value}, ValueError,
          f"z_loss = {value} is not a finite number of at least 0")
@@ -220,6 +236,8 @@ ERRORS = [
     (EVERY, {"num_threads": 1.0}, TypeError, "num_threads = 1.0 is not an integer"),
     (EVERY, {"num_threads": True}, TypeError, "num_threads = True is not an integer"),
     (EVERY, {"num_threads": "2"}, TypeError, "num_threads = '2' is not an integer"),
+    (EVERY, {"num_threads": np.array([1, 2])}, TypeError,
+     "num_threads = array([1, 2]) is not an integer"),
     # out
     (WITH_OUT, {"out": np.empty((N, C))}, TypeError, "out has dtype float64, expected float32"),
     (WITH_OUT, {"out": np.empty((N, C), ">f4")}, TypeError, "out has dtype >f4, expected float32"),
@@ -229,6 +247,10 @@ ERRORS = [
      "out has shape (10, 6), expected (6, 10)"),
     (WITH_OUT, {"out": np.empty(N * C, F32)}, ValueError, "out has shape (60,), expected (6, 10)"),
     (WITH_OUT, {"out": np.broadcast_to(F32.type(0), (N, C))}, ValueError, "out is read-only"),
+    (WITH_OUT, {"out": np.ndarray((N, C), F32, bytearray(4 * C), strides=(0, 4))}, ValueError,
+     "out of shape (6, 10) has strides (0, 4), by which elements may share memory"),
+    (WITH_OUT, {"out": np.ndarray((N, C), F32, bytearray(4 * N * C), strides=(40, 2))}, ValueError,
+     "out of shape (6, 10) has strides (40, 2), by which elements may share memory"),
     (WITH_OUT, {"out": [[0.0] * C] * N}, TypeError, "out is a list, expected a numpy.ndarray"),
     (WITH_OUT, {"out": np.ma.masked_array(X)}, TypeError,
      "out is a MaskedArray, expected a numpy.ndarray"),
@@ -299,6 +321,21 @@ def test_bad_target_among_many(place, backend):
     assert (x == 5).all()
 
 
+class Fickle:
+    """Indices that are others each time one looks."""
+
+    def __init__(self):
+        self.answers = iter([np.array([0, 7]), np.array([[1, 2, 3]])])
+
+    def __array__(self, dtype=None, copy=None):
+        return next(self.answers)
+
+
+def test_arguments_are_read_once(backend):
+    with pytest.raises(IndexError, match=r"^target\[1\] = 7 is out of range for 3 classes$"):
+        fl.cross_entropy(np.zeros((2, 3)), Fickle(), backend=backend)
+
+
 def test_errors_of_the_flags():
     with pytest.raises(TypeError, match=r"num_threads = 1\.5 is not an integer"):
         fl.set_num_threads(1.5)
@@ -311,5 +348,9 @@ def test_errors_of_the_flags():
         fl.softmax([1, 2], backend="Numba")
     with pytest.raises(ValueError, match=f"^backend = 3 is not a backend; {names}$"):
         fl.softmax([1, 2], backend=3)
+    with pytest.raises(
+        ValueError, match=r"^backend = array\(\['auto', 'numba'\], .* is not a backend"
+    ):
+        fl.softmax([1, 2], backend=np.array(["auto", "numba"]))
     with pytest.raises(ValueError, match=f"^backend = 'no' is not a backend; {names}$"):
         fl.warmup("no")

@@ -17,6 +17,7 @@ DEFAULT_IGNORE_INDEX = -100
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _FLOAT_NAMES = ("float32", "float64", "float16", "bfloat16")
+_REAL_KINDS = frozenset("biufV")  # V: bfloat16, for one
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -142,7 +143,8 @@ def float_array(value: ArrayLike, name: str) -> np.ndarray:
 def _plain_array(value: ArrayLike, name: str) -> np.ndarray:
     if type(value) is np.ndarray:
         return value
-    if isinstance(value, np.ma.MaskedArray):
+    parts = value if isinstance(value, (list, tuple)) else (value,)
+    if any(isinstance(part, np.ma.MaskedArray) for part in parts):
         raise TypeError(f"{name} is a masked array, whose mask would be lost; fill it first")
     try:
         return np.asarray(value)
@@ -192,11 +194,12 @@ def target(value: ArrayLike, x: Logits, rows: Rows, probabilities: bool) -> np.n
     return x.normalize(array)
 
 
-def raise_target_out_of_range(value: ArrayLike, x: Logits, rows: Rows, flat_index: int) -> NoReturn:
-    offender = rows.normalize(np.asarray(value)).flat[flat_index]
+def raise_target_out_of_range(
+    target: np.ndarray, rows: Rows, num_classes: int, flat_index: int
+) -> NoReturn:
     raise IndexError(
-        f"target{rows.place(flat_index)} = {offender} is out of range for "
-        f"{x.normal.shape[1]} classes"
+        f"target{rows.place(flat_index)} = {target.flat[flat_index]} is out of range for "
+        f"{num_classes} classes"
     )
 
 
@@ -277,9 +280,16 @@ def reduction(value: Any, normalizer: Any) -> float | None:
 
 
 def _real(value: Any, name: str) -> float:
-    if not isinstance(value, (str, bytes)):  # float() would read those, too
+    if type(value) is float:
+        return value
+    # float() would read text, too, and drop imaginary parts, units of time and masks.
+    number = hasattr(value, "__float__") or hasattr(value, "__index__")
+    kind = getattr(getattr(value, "dtype", _FLOAT64), "kind", "")
+    if number and kind in _REAL_KINDS and not isinstance(value, np.ma.MaskedArray):
         try:
             return float(value)
+        except OverflowError:  # a very large integer: whoever asks refuses what is not finite
+            return math.inf if value > 0 else -math.inf
         except (TypeError, ValueError):
             pass
     raise TypeError(f"{name} = {value!r} is not a real number")
@@ -338,6 +348,10 @@ def output(
     flags = out.flags
     if not flags.writeable:
         raise ValueError("out is read-only")
+    if not flags.c_contiguous and _may_overlap_itself(out):
+        raise ValueError(
+            f"out of shape {shape} has strides {out.strides}, by which elements may share memory"
+        )
     in_memory = out if order is None else out.transpose(order)
     if in_memory.flags.c_contiguous and flags.aligned and out.dtype.isnative:
         if type(out) is not np.ndarray:
@@ -347,6 +361,16 @@ def output(
         if clear and all(_same_or_apart(normal, array) for array in in_place):
             return Output(out, normal, False, order)
     return Output(out, np.empty(normal_shape, dtype), True, order)
+
+
+def _may_overlap_itself(array: np.ndarray) -> bool:
+    """Whether some element may begin before another one ends."""
+    reach = array.itemsize
+    for stride, n in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
+        if n > 1 and stride < reach:
+            return array.size > 0
+        reach += stride * (n - 1)
+    return False
 
 
 def _same_or_apart(a: np.ndarray, b: np.ndarray) -> bool:

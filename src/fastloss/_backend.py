@@ -40,7 +40,7 @@ def resolve(backend: str | None) -> ModuleType:
 
 
 def _load(name: str, argument: str) -> ModuleType:
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         return _load_auto()
     if not isinstance(name, str) or name not in _MODULES:
         names = ", ".join(repr(known) for known in ("auto", *_MODULES))

@@ -1,6 +1,7 @@
 """On how many threads a call runs: what was asked for, and what the system grants."""
 
 import functools
+import operator
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -127,12 +128,15 @@ def can_start(count: int) -> bool:
 
 
 def _checked(num_threads: object, argument: str) -> int:
-    if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
-        raise TypeError(f"{argument} = {num_threads!r} is not an integer")
-    count = num_threads.__index__()
+    try:
+        if isinstance(num_threads, bool):
+            raise TypeError
+        count = operator.index(num_threads)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{argument} = {num_threads!r} is not an integer") from None
     if not 1 <= count <= _MOST:
         raise ValueError(f"{argument} = {count} is out of range; it must be from 1 to {_MOST}")
-    return int(count)
+    return count
 
 
 def _wanted() -> int:

@@ -8,6 +8,8 @@ from numpy.typing import ArrayLike
 
 from fastloss import _arguments, _backend, _threads
 
+_LARGEST_INT64 = (1 << 63) - 1
+
 
 def softmax(
     logits: ArrayLike,
@@ -557,9 +559,12 @@ def _loss(
     arguments: tuple[Any, ...]
     if t.dtype.kind in "iu":
         num_classes = x.normal.shape[1]
+        indices = t
+        if ignored == _LARGEST_INT64 and t.dtype == np.uint64:
+            t = t.view(np.int64)  # kernels read all that an int64 does not hold as its largest
         bad, total_weight = kernels.check_target(t, w, s, num_classes, ignored, threads)
         if bad >= 0:
-            _arguments.raise_target_out_of_range(target, x, rows, bad)
+            _arguments.raise_target_out_of_range(indices, rows, num_classes, bad)
         arguments = (x.normal, t, w, s, ignored, *options)
     else:
         _arguments.refuse_ignore_index(ignored)
@@ -578,6 +583,8 @@ def _loss(
     total = getattr(kernels, kernel)(
         *arguments, scale, losses and losses.normal, grad and grad.normal, threads
     )
+    if grad is not None and scale == 0.0:  # no row counts, not even one that holds a NaN
+        grad.normal.fill(0)
     loss: float | np.ndarray
     if losses is not None:
         loss = losses.deliver()
