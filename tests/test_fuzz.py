@@ -1,0 +1,117 @@
+"""Hostile calls: a right answer or a clear error, never a crash, never an input changed.
+
+What is hostile, and what the verdict is, stands in `hostile`; `fuzz.py` makes a million of them.
+"""
+
+import random
+
+import hostile
+import numpy as np
+import pytest
+from conftest import COMPILED
+from fuzz import trial
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastloss as fl
+from fastloss import _backend
+
+
+@given(rnd=st.randoms(use_true_random=False))
+def test_hostile_call(backend, rnd):
+    call = hostile.draw(rnd)
+    complaint = hostile.complaint(call, backend)
+    assert not complaint, f"{hostile.describe(call)}\n{complaint}"
+
+
+def test_thousands_of_hostile_calls(backend):
+    """More than hypothesis has the time for: the first calls of `fuzz.py`."""
+    for number in range(4000):
+        report = trial(0, number, backend)
+        assert not report, f"call {number}: {report}"
+
+
+def test_calls_are_of_every_kind():
+    """A generator that only makes errors, or none, would test nothing."""
+    calls = [hostile.draw(random.Random(f"0 {number}")) for number in range(1000)]
+    assert {call.name for call in calls} == set(hostile.FUNCTIONS)
+    wrong = [call for call in calls if call.wrong]
+    assert 200 < len(wrong) < 500
+    arguments = set().union(*(call.arguments for call in calls))
+    assert set().union(*(call.wrong for call in wrong)) == arguments
+    overlapping = [
+        call
+        for call in calls
+        if not call.wrong
+        and any(
+            isinstance(value, np.ndarray) and np.may_share_memory(value, call.arguments["out"])
+            for name, value in call.arguments.items()
+            if name != "out" and "out" in call.arguments
+        )
+    ]
+    assert len(overlapping) > 100
+
+
+def test_a_complaint_about_what_is_wrong(monkeypatch):
+    """A function that does each of the things it must not do is found out."""
+    softmax = fl.softmax
+    x = np.zeros((4, 3), np.float32)
+    call = hostile.Call(
+        "softmax", {"logits": x}, frozenset(), [x.view(np.uint8).reshape(-1)], None, False
+    )
+
+    def complaint(function, call=call):
+        monkeypatch.setattr(
+            fl, "softmax", lambda logits, backend, **options:
+            (softmax if backend == "numpy" else function)(logits, **options)
+        )  # fmt: skip
+        return hostile.complaint(call, "cython")
+
+    def changes(logits):
+        result = softmax(logits)
+        logits[0, 0] = 1
+        return result
+
+    def raises(logits, axis=-1):
+        raise ValueError("no")
+
+    assert complaint(softmax) is None
+    assert "changed 2 bytes" in complaint(changes)
+    assert "returned" in complaint(lambda logits: softmax(logits) * np.float32(1.001))
+    assert "float64 instead of float32" in complaint(lambda logits: softmax(logits).astype(float))
+    assert "shape" in complaint(lambda logits: softmax(logits)[:2])
+    assert "raised" in complaint(raises)
+    wrong = call._replace(arguments={"logits": x, "axis": 7}, wrong=frozenset(["axis"]))
+    assert complaint(softmax, wrong) is None
+    assert "does not name axis" in complaint(raises, wrong)
+    assert "accepted a wrong axis" in complaint(lambda logits, axis: softmax(logits), wrong)
+
+
+@pytest.mark.parametrize("backend", COMPILED, indirect=True)
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.int8])
+@pytest.mark.parametrize("shape", [(70, 2), (70, 1000), (3, 10, 70)], ids=str)
+def test_targets_changed_between_check_and_use(shape, dtype, backend, monkeypatch):
+    """Another thread may do so: what has become of the target counts for nothing."""
+    kernels = _backend.resolve(backend)
+    info = np.iinfo(dtype)
+    garbage = [info.min or info.max - 1, info.max if info.max > 1000 else -1]
+    check = kernels.check_target
+
+    def check_and_change(target, *arguments):
+        answer = check(target, *arguments)
+        target.flat[::2] = np.resize(np.array(garbage, dtype), target.flat[::2].size)
+        return answer
+
+    monkeypatch.setattr(kernels, "check_target", check_and_change)
+    rows = (shape[0], *shape[2:])
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for function in (fl.cross_entropy_with_grad, fl.nll_loss_with_grad):
+        target = np.ones(rows, dtype)
+        losses, grad = function(
+            x, target, axis=1, weight=np.ones(shape[1]), reduction="none", backend=backend
+        )
+        changed = target != 1
+        assert changed.any()
+        assert not losses[changed].any()
+        assert losses[~changed].all()
+        assert not np.moveaxis(grad, 1, -1)[changed].any()
