@@ -106,6 +106,10 @@ class Case(NamedTuple):
         }.get(self.function.__name__, (reduced, "logits"))
 
     @property
+    def has_out(self):
+        return "logits" in self.returns or self.function is fl.logsumexp
+
+    @property
     def is_loss(self):
         return self.function.__name__.startswith(("cross_entropy", "nll_loss"))
 
@@ -116,14 +120,19 @@ class Case(NamedTuple):
         """Run it on rows in a layout; give the results back as rows."""
         arrays = [layout.arrange(array) for array in problem]
         before = [array.tobytes() for array in arrays]
-        keywords = dict(zip(self.arrays, arrays[len(self.inputs) :], strict=True))
         if out is not None:
             options["out"] = out
+        results = self.pass_on(layout, arrays, **options)
+        if out is None:
+            assert before == [array.tobytes() for array in arrays], "an input was modified"
+        return results
+
+    def pass_on(self, layout, arrays, **options):
+        """Run it on arrays that are arranged already; give the results back as rows."""
+        keywords = dict(zip(self.arrays, arrays[len(self.inputs) :], strict=True))
         results = self.function(
             *arrays[: len(self.inputs)], axis=layout.axis, **keywords, **self.options, **options
         )
-        if out is None:
-            assert before == [array.tobytes() for array in arrays], "an input was modified"
         if not isinstance(results, tuple):
             results = (results,)
         return tuple(

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import oracles
 import pytest
-from cases import BFLOAT16, INTEGERS, assert_close
+from cases import BFLOAT16, CASES, INTEGERS, Layout, assert_close
 
 import fastloss as fl
 
@@ -151,6 +151,64 @@ def test_out_overlapping_the_logits(shift, backend):
     out = x.reshape(-1)[35 : 35 + len(X)]
     fl.logsumexp(x, out=out, backend=backend)
     np.testing.assert_array_equal(out, expected)
+
+
+def overlapping(array, out_shape, dtype, shift):
+    """A copy of the array, and an `out` that begins `shift` bytes after it, in one memory."""
+    size = array.nbytes + int(np.prod(out_shape)) * dtype.itemsize
+    memory = np.zeros(3 * size, np.uint8)
+    copy = np.ndarray(array.shape, array.dtype, memory, size)
+    copy[...] = array
+    return copy, np.ndarray(out_shape, dtype, memory, size + shift), memory
+
+
+@pytest.mark.parametrize("dtype", [F32, np.dtype(np.float64), BFLOAT16], ids=str)
+@pytest.mark.parametrize("layout", [Layout(9, 6), Layout(3, 400), Layout(2, 6, 9)], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.has_out], ids=lambda case: case.name)
+def test_out_overlapping_any_one_input(case, layout, dtype, backend):
+    """Every input of every operation, from its first byte to its last, is read before it goes."""
+    problem = case.problem(layout.n, layout.num_classes, dtype)
+    expected = case.call(layout, problem, backend=backend)
+    arrays = [layout.arrange(array) for array in problem]
+    out_shape = arrays[0].shape
+    if case.returns == ("rows",):
+        out_shape = tuple(np.delete(out_shape, layout.axis))
+    out_bytes = int(np.prod(out_shape)) * dtype.itemsize
+    for number, array in enumerate(arrays):
+        step = max(array.itemsize, dtype.itemsize)
+        last = (array.nbytes - 1) // step * step
+        middle = array.nbytes // 2 // step * step
+        before = (out_bytes - 1) // step * step
+        for shift in {0, step, middle, last, -step, -before // 2 // step * step, -before}:
+            given = list(arrays)
+            given[number], out, memory = overlapping(array, out_shape, dtype, shift)
+            untouched = memory.copy()
+            results = case.pass_on(layout, given, out=out, backend=backend)
+            for result, right in zip(results, expected, strict=True):
+                np.testing.assert_array_equal(result, right)
+            start = out.ctypes.data - memory.ctypes.data
+            memory[start : start + out_bytes] = untouched[start : start + out_bytes] = 0
+            np.testing.assert_array_equal(memory, untouched)
+
+
+@pytest.mark.parametrize("function", [fl.softmax_backward, fl.log_softmax_backward])
+@pytest.mark.parametrize("shape", [(9, 6), (3, 400)], ids=str)
+def test_out_overlapping_both_inputs(function, shape, backend):
+    """In every order, in whole rows and in halves of them; twice the same input, too."""
+    g, p = rng.normal(size=shape), rng.random(shape)
+    size = g.size
+    expected = function(g, p, backend=backend)
+    for g_at, p_at, out_at in [
+        (0, size, size // 2), (size, 0, size // 2), (0, size, 1), (size, 0, 2 * size - 1),
+        (0, size, 0), (0, size, size),
+    ]:  # fmt: skip
+        memory = np.zeros(3 * size)
+        views = [memory[at : at + size].reshape(shape) for at in (g_at, p_at, out_at)]
+        views[0][...], views[1][...] = g, p
+        assert function(*views[:2], out=views[2], backend=backend) is views[2]
+        np.testing.assert_array_equal(views[2], expected)
+    expected = function(p, p, backend=backend)
+    np.testing.assert_array_equal(function(p, p, out=p, backend=backend), expected)
 
 
 def test_lists_and_scalars(backend):
