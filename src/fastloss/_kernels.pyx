@@ -1126,6 +1126,12 @@ cdef inline real narrow_factor(real* e, Py_ssize_t n, double factor) noexcept no
     return <real>factor
 
 
+cdef inline real shrink_for(double factor, real unused) noexcept nogil:
+    """A power of two for exponentials, so that factor over it is a normal number; mostly 1."""
+    cdef double tiny = tiny_of(unused)
+    return power_of(unused) if -tiny < factor < tiny else <real>1.0
+
+
 cdef inline void write_row(
     const Job* job, Py_ssize_t row, Py_ssize_t i, const Rows* r, Py_ssize_t index, real* e,
     real* scratch,
@@ -1319,7 +1325,7 @@ cdef void backward_rows(
     cdef const real* p
     cdef const real* g
     cdef real* result
-    cdef real f, pivot, magic, lowest, m
+    cdef real f, shrink, pivot, magic, lowest, m
     cdef double total
     cdef Py_ssize_t i, b, c, j, width, first = unit * job.group, n = rows_in_unit(job, unit)
     for i in range(n):
@@ -1336,10 +1342,11 @@ cdef void backward_rows(
             else:
                 total += sum_lanes(g, width)
         f = <real>total
-        m = pivot = magic = lowest = 0
+        m = pivot = magic = lowest = shrink = 0
         if operation == LOG_SOFTMAX_BACKWARD:
             m = reference_above(largest_of_row(job, forward, scratch))
-            f = <real>(total * unit_of(m))
+            shrink = shrink_for(total * unit_of(m), m)
+            f = <real>(total / shrink * unit_of(m))
             pivot, magic = pivot_of(m), magic_of(m)
             lowest = lowest_of(magic)
         for b in range(blocks_in(job.num_classes)):
@@ -1353,7 +1360,7 @@ cdef void backward_rows(
                     result[j] = p[j] * (g[j] - f)
             else:
                 for j in range(width):
-                    result[j] = g[j] - exponential(p[j], pivot, magic, lowest) * f
+                    result[j] = g[j] - exponential(p[j], pivot, magic, lowest) * shrink * f
     store(job, first * job.num_classes, n * job.num_classes, kept_row(job, 0, scratch))
 
 
@@ -1773,6 +1780,7 @@ cdef void backward_tile(
     cdef real magic[LANES]
     cdef real lowest[LANES]
     cdef real f[LANES]
+    cdef real shrink[LANES]
     cdef real lane[LANES]
     cdef double total[LANES]
     cdef Py_ssize_t c, j, step = job.step
@@ -1797,7 +1805,8 @@ cdef void backward_tile(
         largest_in_lanes(job, p, maximum)
         for j in range(LANES):
             maximum[j] = reference_above(maximum[j])
-            f[j] = <real>(total[j] * unit_of(maximum[j]))
+            shrink[j] = shrink_for(total[j] * unit_of(maximum[j]), maximum[j])
+            f[j] = <real>(total[j] / shrink[j] * unit_of(maximum[j]))
             pivot[j] = pivot_of(maximum[j])
             magic[j] = magic_of(maximum[j])
             lowest[j] = lowest_of(magic[j])
@@ -1808,7 +1817,7 @@ cdef void backward_tile(
         else:
             for j in range(LANES):
                 p[c * step + j] = g[c * step + j] - exponential(
-                    p[c * step + j], pivot[j], magic[j], lowest[j]) * f[j]
+                    p[c * step + j], pivot[j], magic[j], lowest[j]) * shrink[j] * f[j]
 
 
 cdef void tile_unit(

@@ -913,6 +913,12 @@ def _narrow_factor(e, factor):
 
 
 @_inline
+def _shrink_for(factor, numbers):
+    """A power of two for exponentials, so that factor over it is a normal number; mostly 1."""
+    return _power_of(numbers) if abs(factor) < _tiny_of(numbers) else numbers.dtype.type(1)
+
+
+@_inline
 def _scale_and_spread(e, f, spread, weight):
     u = e.dtype.type(spread)
     if weight.size:
@@ -1825,9 +1831,9 @@ def _softmax_vjp(g, p, total, result):
 
 
 @_inline
-def _log_softmax_vjp(g, log_p, pivot, magic, lowest, total, result):
+def _log_softmax_vjp(g, log_p, pivot, magic, lowest, shrink, total, result):
     for i in range(result.size):
-        result[i] = g[i] - _exponential(log_p[i], pivot, magic, lowest) * total
+        result[i] = g[i] - _exponential(log_p[i], pivot, magic, lowest) * shrink * total
 
 
 @_inline
@@ -1858,14 +1864,15 @@ def _backward_rows(g, p, out, r, scratch, first, n, num_classes, storage, stream
             else:
                 total += _dot(upstream, _load(p, start + c, width, line, storage))
         pivot, magic, lowest, unit = _reference(real(r[MAXIMUM + i] if log_probs else 0.0))
-        f = real(total * unit) if log_probs else real(total)
+        shrink = _shrink_for(total * unit, scratch) if log_probs else real(1)
+        f = real(total / shrink * unit) if log_probs else real(total)
         for c in range(0, num_classes, BLOCK):
             width = min(BLOCK, num_classes - c)
             upstream = _load(g, start + c, width, buffer, storage)
             forward = _load(p, start + c, width, line, storage)
             result = kept[i * num_classes + c : i * num_classes + c + width]
             if log_probs:
-                _log_softmax_vjp(upstream, forward, pivot, magic, lowest, f, result)
+                _log_softmax_vjp(upstream, forward, pivot, magic, lowest, shrink, f, result)
             else:
                 _softmax_vjp(upstream, forward, f, result)
     _store(out, first * num_classes, kept[: n * num_classes], storage, stream)
@@ -1874,7 +1881,7 @@ def _backward_rows(g, p, out, r, scratch, first, n, num_classes, storage, stream
 @_inline
 def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
     pivot, magic, lowest = _lanes(tile), _lanes(tile), _lanes(tile)
-    lane, f = _lanes(tile), _lanes(tile)
+    lane, f, shrink = _lanes(tile), _lanes(tile), _lanes(tile)
     real = tile.dtype.type
     for j in range(LANES):
         lane[j] = 0
@@ -1892,15 +1899,16 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
         _tile_largest(tile, num_classes, step, r)
     for j in range(LANES):
         pivot[j], magic[j], lowest[j], unit = _reference(real(r[MAXIMUM + j] if log_probs else 0.0))
-        f[j] = r[OTHERS + j] * unit if log_probs else r[OTHERS + j]
+        total = r[OTHERS + j]
+        shrink[j] = _shrink_for(total * unit, tile) if log_probs else real(1)
+        f[j] = total / shrink[j] * unit if log_probs else total
     for c in range(num_classes):
         forward = tile[c * step : c * step + LANES]
         upstream = upstreams[c * step : c * step + LANES]
         if log_probs:
             for j in range(LANES):
-                forward[j] = (
-                    upstream[j] - _exponential(forward[j], pivot[j], magic[j], lowest[j]) * f[j]
-                )
+                e = _exponential(forward[j], pivot[j], magic[j], lowest[j])
+                forward[j] = upstream[j] - e * shrink[j] * f[j]
         else:
             for j in range(LANES):
                 forward[j] = forward[j] * (upstream[j] - f[j])
