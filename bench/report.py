@@ -41,13 +41,13 @@ def main(arguments=None):
     print(*losses or ["We lose nowhere in this run."], sep="\n")
 
 
-def insert(readme, text):
+def insert(readme, text, begin=BEGIN, end=END):
     """The README with the text between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"needs the markers {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    before, found_begin, rest = readme.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"needs the markers {begin} and {end}, in this order")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def section(report, losses, picture):
