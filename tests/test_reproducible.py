@@ -1,8 +1,12 @@
-"""A row's bits depend on the row alone: not on threads, batch, position, alignment or `out`."""
+"""A row's bits depend on the row alone.
+
+Not on threads, the batch, its position there, the alignment, strides or `out`: every operation of
+the table is tried on the backend of the fixture, which is each instruction set in turn.
+"""
 
 import numpy as np
 import pytest
-from cases import CASES, FLOATS, HALVES, SOME_LAYOUTS, Layout, by_name
+from cases import CASES, FLOATS, HALVES, SOME_LAYOUTS, Layout
 
 import fastloss as fl
 
@@ -13,10 +17,22 @@ THREADED = [
 ]
 THREADS = [1, 2, 3, 8]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def _row_by_row(case):
+    """The case with losses and gradients that are no share of a mean over the batch."""
+    if not case.is_loss or case.options.get("reduction") == "sum" or "normalizer" in case.options:
+        return case
+    return case._replace(options={**case.options, "reduction": "none"})
+
+
+def _distinct(cases):
+    key = lambda case: (case.function, case.inputs, case.arrays, sorted(case.options.items()))  # noqa: E731
+    return list({repr(key(case)): case for case in cases}.values())
+
+
 row_cases = pytest.mark.parametrize(
-    "case",
-    [case for case in CASES if "float" not in case.returns or case.name == "grad sum"],
-    ids=lambda case: case.name,
+    "case", _distinct(_row_by_row(case) for case in CASES), ids=lambda case: case.name
 )
 
 
@@ -42,41 +58,163 @@ def test_any_number_of_threads(case, layout, dtype, backend):
 def test_alone_or_in_any_batch(case, dtype, num_classes, backend):
     n = 150  # more than two tiles
     whole = case.problem(n, num_classes, dtype)
-    per_row = [len(array) == n for array in whole]
     batch = case.call(Layout(n, num_classes), whole, backend=backend)
     for start, stop in [
-        (0, 1),
-        (1, 2),
-        (77, 78),
-        (149, 150),
-        (1, 150),
-        (0, 63),
-        (3, 67),
-        (60, 130),
-    ]:
-        part = [
-            array[start:stop] if rows else array for array, rows in zip(whole, per_row, strict=True)
-        ]
-        results = case.call(Layout(stop - start, num_classes), part, backend=backend)
-        for result, full, kind in zip(results, batch, case.returns, strict=True):
-            if kind != "float":
-                np.testing.assert_array_equal(result, full[start:stop])
+        (0, 1), (1, 2), (77, 78), (149, 150), (1, 150), (0, 63), (3, 67), (60, 130),
+    ]:  # fmt: skip
+        layout = Layout(stop - start, num_classes)
+        check_part(case, layout, whole, slice(start, stop), batch, backend)
 
 
-@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "grad none", "soft grad"])
-@pytest.mark.parametrize("num_classes", [3, 65, 2049])
-def test_at_any_alignment(name, num_classes, backend):
-    """At all 16 places of a float within a cache line, and all 4 of a byte within a float."""
-    case, layout = by_name[name], Layout(20, num_classes)
-    logits, *others = case.problem(layout.n, num_classes, np.float32)
-    expected = bits(case.call(layout, (logits, *others), backend=backend))
-    memory = np.empty(logits.nbytes + 128, np.uint8)
-    aligned = -memory.__array_interface__["data"][0] % 64
-    for offset in [*range(0, 64, 4), 1, 2, 3]:
-        first = aligned + offset
-        moved = memory[first : first + logits.nbytes].view(np.float32).reshape(logits.shape)
-        moved[...] = logits
-        assert bits(case.call(layout, (moved, *others), backend=backend)) == expected
+# Along inner axes: one tile and a bit; with more rows two to four tiles beside each other.
+INNER = [(3, 8200, FLOATS[0]), (65, 4100, FLOATS[0]), (400, 70, FLOATS[0]), (2049, 66, FLOATS[0])]
+INNER += [(3, 150, dtype) for dtype in [FLOATS[1], *HALVES]] + [(400, 66, FLOATS[1])]
+
+
+@row_cases
+@pytest.mark.parametrize(("num_classes", "n", "dtype"), INNER, ids=str)
+def test_at_any_place_along_inner_axes(case, num_classes, n, dtype, backend):
+    """The class axis is the first or in the middle, and runs of samples end anywhere in a tile."""
+    whole = case.problem(n, num_classes, dtype)
+    batch = case.call(Layout(1, num_classes, n), whole, backend=backend)
+    layout = Layout(n // 2, num_classes, 2)
+    check_part(case, layout, whole, slice(0, n), batch, backend)
+    for outer, start, stop in [(1, 0, 2), (1, n - 3, n), (2, 1, n - 1)]:
+        layout = Layout(outer, num_classes, (stop - start) // outer)
+        check_part(case, layout, whole, slice(start, stop), batch, backend)
+
+
+def check_part(case, layout, whole, part, batch, backend):
+    """The rows of a part, in a layout, give the bits that they gave in the batch."""
+    n = len(whole[0])
+    arrays = [
+        array if name == "weight" else array[part]
+        for name, array in zip(case.inputs + case.arrays, whole, strict=True)
+    ]
+    assert {len(whole[i]) for i in range(len(case.inputs))} == {n}
+    results = case.call(layout, arrays, backend=backend)
+    for result, full, kind in zip(results, batch, case.returns, strict=True):
+        if kind != "float":
+            assert bits([result]) == bits([full[part]])
+
+
+# Few rows, tails of every kind: no vector is full; more than one; rows longer than a block; tiles.
+SMALL = [Layout(*shape) for shape in [(5, 3), (5, 65), (3, 400), (2, 2049), (2, 65, 37)]]
+MOST_CLASSES_IN_TILES = 300  # of rows: longer ones lie in the SIMD lanes by themselves
+
+
+def call(case, arrays, layout, **options):
+    """The results for arrays as they lie."""
+    keywords = dict(zip(case.arrays, arrays[len(case.inputs) :], strict=True))
+    results = case.function(
+        *arrays[: len(case.inputs)], axis=layout.axis, **keywords, **case.options, **options
+    )
+    return results if isinstance(results, tuple) else (results,)
+
+
+def with_and_without_out(case, problem, layout, place, backend):
+    """Holds arrays in their new places, and `out` in one, against contiguous arrays."""
+    arrays = [layout.arrange(array) for array in problem]
+    expected = call(case, arrays, layout, backend=backend)
+    placed = [place(number, array) for number, array in enumerate(arrays)]
+    assert bits(call(case, placed, layout, backend=backend)) == bits(expected)
+    if "out" in case.function.__kwdefaults__:
+        out = place(len(arrays), np.full_like(expected[-1], 7))
+        results = call(case, placed, layout, out=out, backend=backend)
+        assert results[-1] is out
+        assert bits(results) == bits(expected)
+
+
+@row_cases
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
+@pytest.mark.parametrize("layout", SMALL, ids=str)
+def test_at_any_alignment(case, dtype, layout, backend):
+    """All places of a number within a cache line, for the inputs and `out` in turn; of halves
+    some. And one place between two numbers, which is no place for `out`.
+    """
+    problem = case.problem(layout.n, layout.num_classes, dtype)
+    places = range(64 // dtype.itemsize) if dtype in FLOATS else (1, 3, 8, 31)
+    for shift in places:
+        # Inputs and `out` not alike: 5 and 16 have no divisor in common.
+        place = lambda number, array: at(array, (shift + 5 * number) * dtype.itemsize)  # noqa: E731, B023
+        with_and_without_out(case, problem, layout, place, backend)
+    arrays = [layout.arrange(array) for array in problem]
+    between = [at(array, 1) for array in arrays]
+    expected = bits(call(case, arrays, layout, backend=backend))
+    assert bits(call(case, between, layout, backend=backend)) == expected
+
+
+def at(array, offset):
+    """A copy that begins so many bytes after the beginning of a cache line."""
+    memory = np.empty(array.nbytes + 128, np.uint8)
+    first = -memory.__array_interface__["data"][0] % 64 + offset % 64
+    moved = memory[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    moved[...] = array
+    return moved
+
+
+def _every_second(number, array):
+    return _window(array, [2 * length for length in array.shape], (slice(None, None, 2),))
+
+
+def _sliced(number, array):
+    return _window(array, [length + 3 for length in array.shape], (slice(1, -2),))
+
+
+def _backwards(number, array):
+    return _window(array, array.shape, (slice(None, None, -1),))
+
+
+def _last_axis_backwards(number, array):
+    return _window(array, array.shape, (..., slice(None, None, -1)))
+
+
+def _window(array, shape, index):
+    """A view of a larger or turned array, with the numbers of `array`."""
+    memory = np.ones(shape, array.dtype)
+    view = memory[index if ... in index else index * array.ndim]
+    view[...] = array
+    return view
+
+
+def _transposed(number, array):
+    return array.T.copy().T
+
+
+VIEWS = [_every_second, _sliced, _backwards, _last_axis_backwards]
+
+
+@row_cases
+@pytest.mark.parametrize("dtype", [FLOATS[0], HALVES[0]], ids=str)
+@pytest.mark.parametrize("layout", SMALL, ids=str)
+def test_through_any_view(case, dtype, layout, backend):
+    """The bits of the contiguous copy; `out` may be a view, too."""
+    problem = case.problem(layout.n, layout.num_classes, dtype)
+    for view in VIEWS:
+        with_and_without_out(case, problem, layout, view, backend)
+
+
+@row_cases
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", SMALL, ids=str)
+def test_through_a_transposed_view(case, dtype, layout, backend):
+    """Which is dense, so that nothing is copied: classes lie in it as along a first axis.
+
+    Long rows have the bits of that axis, not those of rows: their sums run in another order. What
+    is summed over the samples is left aside, since these come in another order, too.
+    """
+    problem = case.problem(layout.n, layout.num_classes, dtype)
+    arrays = [layout.arrange(array) for array in problem]
+    views = [_transposed(number, array) for number, array in enumerate(arrays)]
+    results = call(case, views, layout, backend=backend)
+    if layout.num_classes <= MOST_CLASSES_IN_TILES:
+        expected = call(case, arrays, layout, backend=backend)
+    else:
+        first = Layout(1, layout.num_classes, layout.n)
+        expected = case.call(first, problem, backend=backend)
+    for result, same, kind in zip(results, expected, case.returns, strict=True):
+        if kind != "float":
+            assert bits([result]) == bits([same])
 
 
 @pytest.mark.parametrize(
