@@ -33,13 +33,13 @@ import hashlib
 import platform
 import threading
 
-import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import populate_array
 
@@ -75,7 +75,9 @@ LOSS, FACTOR, SPREAD, LEFT_OUT = range(11 * LANES, 15 * LANES, LANES)
 FIELDS = 15 * LANES
 
 # Whether float16 is converted by the processor. Code cached for other features is not used.
-_HAS_F16C = llvmlite.binding.get_host_cpu_features().get("f16c", False)
+_features = numba.config.CPU_FEATURES
+_features = (get_host_cpu_features() if _features is None else _features).split(",")
+_HAS_F16C = {"+avx", "+f16c"} <= set(_features)
 
 # Helpers live inside what calls them: without wrappers for Python and C they compile faster.
 _common = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
