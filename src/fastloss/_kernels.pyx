@@ -1326,7 +1326,7 @@ cdef void backward_rows(
     cdef const real* g
     cdef real* result
     cdef real f, shrink, pivot, magic, lowest, m
-    cdef double total
+    cdef double total, unit_m
     cdef Py_ssize_t i, b, c, j, width, first = unit * job.group, n = rows_in_unit(job, unit)
     for i in range(n):
         forward = row_of(job, job.logits, job.storage, first + i)
@@ -1345,8 +1345,9 @@ cdef void backward_rows(
         m = pivot = magic = lowest = shrink = 0
         if operation == LOG_SOFTMAX_BACKWARD:
             m = reference_above(largest_of_row(job, forward, scratch))
-            shrink = shrink_for(total * unit_of(m), m)
-            f = <real>(total / shrink * unit_of(m))
+            unit_m = unit_of(m)
+            shrink = shrink_for(total * unit_m, m)
+            f = <real>(total / shrink * unit_m)
             pivot, magic = pivot_of(m), magic_of(m)
             lowest = lowest_of(magic)
         for b in range(blocks_in(job.num_classes)):
@@ -1372,7 +1373,8 @@ cdef inline real reference_above(real maximum) noexcept nogil:
 cdef inline double unit_of(real m) noexcept nogil:
     """What an exponential with reference m is multiplied by to give exp(x)."""
     cdef real magic = magic_of(m), pivot = pivot_of(m)
-    return exp_any(m) / <double>exponential(m, pivot, magic, lowest_of(magic))
+    cdef double e = 1.0 if m == 0 else exp_any(m)  # 0, mostly: reference_above
+    return e / <double>exponential(m, pivot, magic, lowest_of(magic))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1783,6 +1785,7 @@ cdef void backward_tile(
     cdef real shrink[LANES]
     cdef real lane[LANES]
     cdef double total[LANES]
+    cdef double unit_m
     cdef Py_ssize_t c, j, step = job.step
     for j in range(LANES):
         lane[j] = 0
@@ -1805,8 +1808,9 @@ cdef void backward_tile(
         largest_in_lanes(job, p, maximum)
         for j in range(LANES):
             maximum[j] = reference_above(maximum[j])
-            shrink[j] = shrink_for(total[j] * unit_of(maximum[j]), maximum[j])
-            f[j] = <real>(total[j] / shrink[j] * unit_of(maximum[j]))
+            unit_m = unit_of(maximum[j])
+            shrink[j] = shrink_for(total[j] * unit_m, maximum[j])
+            f[j] = <real>(total[j] / shrink[j] * unit_m)
             pivot[j] = pivot_of(maximum[j])
             magic[j] = magic_of(maximum[j])
             lowest[j] = lowest_of(magic[j])

@@ -691,8 +691,11 @@ def _copy(to, values):
 
 def _store_halves(out, start, values, storage, stream):
     halves = _lanes(out)
-    for first in range(0, values.size, LANES):
-        n = min(LANES, values.size - first)
+    # To the next cache line, then whole lines: others would be read before they are written.
+    to_line = -(out.ctypes.data // out.itemsize + start) % (LINE // out.itemsize)
+    n = min(to_line if to_line else LANES, values.size)
+    first = 0
+    while first < values.size:
         part = values[first : first + n]
         if storage == FLOAT16:
             for i in range(n):
@@ -701,6 +704,8 @@ def _store_halves(out, start, values, storage, stream):
             for i in range(n):
                 halves[i] = _float_to_bfloat(part[i])
         _copy_out(out, start + first, halves[:n], stream)
+        first += n
+        n = min(LANES, values.size - first)
 
 
 # ---------------------------------------------------------------------------------------------
