@@ -126,12 +126,14 @@ def cpus_busy(function):
 @pytest.mark.skipif(usable_cpus() < 2, reason="one CPU")
 def test_two_threads_compute_at_once(long_call):
     data = bytes(10_000_000)
-    for _ in range(10):
+    rounds, free = 20, 0
+    for _ in range(rounds):
         if cpus_busy(long_call) > 1.3:
             return
-    if max(cpus_busy(lambda: hashlib.sha256(data)) for _ in range(10)) < 1.3:
+        free += cpus_busy(lambda: hashlib.sha256(data)) > 1.3
+    if free < rounds / 2:
         pytest.skip("others keep all CPUs but one: no two threads compute at once")
-    assert max(cpus_busy(long_call) for _ in range(10)) > 1.3
+    pytest.fail(f"never two CPUs busy, where hashing kept them busy {free} times of {rounds}")
 
 
 # ---------------------------------------------------------------------------------------------
