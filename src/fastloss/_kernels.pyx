@@ -2035,21 +2035,26 @@ cdef void add_target(Job* job, cnp.ndarray target, int64_t ignore_index) except 
     job.ignore_index = ignore_index
 
 
-cdef object add_weights(Job* job, cnp.ndarray weight, cnp.ndarray sample_weight):
-    """Return what must stay alive as long as the job."""
-    cdef cnp.ndarray relative = None
+cdef void add_weights(Job* job, cnp.ndarray weight, cnp.ndarray sample_weight) except *:
     job.weight_sum = job.num_classes
-    job.largest_weight = 1.0
     if weight is not None:
         job.weight = <const double*>cnp.PyArray_DATA(weight)
         job.weight_sum = weight.sum()
-        job.largest_weight = weight.max() or 1.0
-        relative = weight / job.largest_weight
-        if job.storage != FLOAT64:
-            relative = relative.astype(np.float32)
-        job.relative_weight = cnp.PyArray_DATA(relative)
     if sample_weight is not None:
         job.sample_weight = <const double*>cnp.PyArray_DATA(sample_weight)
+
+
+cdef cnp.ndarray add_relative_weight(Job* job, cnp.ndarray weight):
+    """Return what must stay alive as long as the job."""
+    cdef cnp.ndarray relative
+    job.largest_weight = 1.0
+    if weight is None:
+        return None
+    job.largest_weight = weight.max() or 1.0
+    relative = weight / job.largest_weight
+    if job.storage != FLOAT64:
+        relative = relative.astype(np.float32)
+    job.relative_weight = cnp.PyArray_DATA(relative)
     return relative
 
 
@@ -2095,7 +2100,8 @@ def cross_entropy(
 ):
     cdef Job job = job_of(logits, grad)
     add_target(&job, target, ignore_index)
-    alive = add_weights(&job, weight, sample_weight)
+    add_weights(&job, weight, sample_weight)
+    alive = add_relative_weight(&job, weight)
     job.smoothing, job.z_loss, job.scale = label_smoothing, z_loss, scale
     job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
     return run(&job, CROSS_ENTROPY, num_threads)
@@ -2109,7 +2115,8 @@ def cross_entropy_soft(
     cdef Job job = job_of(logits, grad)
     job.other = cnp.PyArray_BYTES(target)
     job.other_storage = storage_of(target)
-    alive = add_weights(&job, weight, sample_weight)
+    add_weights(&job, weight, sample_weight)
+    alive = add_relative_weight(&job, weight)
     job.smoothing, job.z_loss, job.scale = label_smoothing, z_loss, scale
     job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
     return run(&job, CROSS_ENTROPY_SOFT, num_threads)
