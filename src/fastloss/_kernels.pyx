@@ -300,7 +300,9 @@ cdef enum:
     BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
     RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
     SHORT_ROW = 300  # rows of at most so many classes go into tiles, samples in the SIMD lanes
-    GROUP = 8192  # elements of the rows that make up one unit of work
+    GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
+    TURN = 16  # classes of columns that are turned into rows at a time
+    TURNED = 16777216  # elements of the columns that make up one unit of work, at most LANES of them
     WIDE = 16384  # elements of the tiles that make up one unit of work, where runs may be long
     MOST_TILES = 8  # of a unit
     FEWEST_UNITS = 32  # that are to be left when tiles are put together
@@ -316,9 +318,16 @@ cdef enum Storage:
     BFLOAT16
 
 
+cdef enum Layout:
+    ROWS
+    TILES
+    COLUMNS
+
+
 cdef struct Job:
     # One call, as its threads see it.
     Py_ssize_t rows, num_classes, inner
+    Layout layout
     Storage storage
     const char* logits  # or log_probs, or probs
     const char* other  # grad_output, or target probabilities
@@ -335,10 +344,12 @@ cdef struct Job:
     const double* sample_weight
     double smoothing, z_loss, scale
     char* losses
-    double* partial  # the sum of the losses of each unit
-    bint tiles
+    Py_ssize_t summed  # rows whose losses are added up together
+    double* partial  # these sums
     Py_ssize_t group  # rows in a unit of work
+    Py_ssize_t row_step  # from a row to the next
     Py_ssize_t step  # from a class to the next in the tiles of a unit
+    Py_ssize_t numbers  # of scratch; the carries, one a class, lie behind them
 
 
 cdef struct Carry:
@@ -1052,12 +1063,25 @@ cdef inline Py_ssize_t rows_in_unit(const Job* job, Py_ssize_t unit) noexcept no
 cdef inline const char* row_of(
     const Job* job, const char* data, Storage storage, Py_ssize_t row
 ) noexcept nogil:
-    return data + row * job.num_classes * itemsize(storage)
+    return data + row * job.row_step * itemsize(storage)
 
 
-cdef inline real* kept_row(const Job* job, Py_ssize_t g, real* scratch) noexcept nogil:
-    """Where row g of the group is put together before it goes out."""
-    return scratch + 2 * BLOCK + g * job.num_classes
+cdef inline Py_ssize_t row_numbers(const Job* job) noexcept nogil:
+    return 2 * BLOCK + job.summed * job.num_classes + CHUNK
+
+
+cdef inline real* kept_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept nogil:
+    """Where the rows of a group are put together: in scratch, or, of columns, where they are."""
+    if job.layout == ROWS:
+        return scratch + 2 * BLOCK
+    return <real*>job.out + unit * job.group * job.row_step
+
+
+cdef inline void store_rows(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, const real* kept
+) noexcept nogil:
+    if job.layout == ROWS:
+        store(job, first * job.num_classes, n * job.num_classes, kept)
 
 
 cdef inline real largest_of_row(const Job* job, const char* x, real* buffer) noexcept nogil:
@@ -1095,7 +1119,7 @@ cdef inline double exp_row(
     cdef real pivot = pivot_of(m), magic = magic_of(m)
     cdef real* e
     cdef const real* block
-    cdef const char* later = x + min(job.group * job.num_classes, <Py_ssize_t>FAR) * itemsize(job.storage)
+    cdef const char* later = x + min(job.group * job.row_step, <Py_ssize_t>FAR) * itemsize(job.storage)
     cdef double total = 0.0
     cdef Py_ssize_t b, c, n
     for b in range(blocks_in(job.num_classes)):
@@ -1186,21 +1210,23 @@ cdef inline void largest_of_rows(
 
 
 cdef void softmax_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept nogil:
+    cdef real* kept = kept_rows(job, unit, scratch)
     cdef Rows r
     cdef Py_ssize_t i, first = unit * job.group, n = rows_in_unit(job, unit)
     largest_of_rows(job, first, n, &r, scratch)
     for i in range(n):
         r.others[i] = exp_row(job, row_of(job, job.logits, job.storage, first + i), -1,
-                              <real>r.maximum[i], kept_row(job, i, scratch), scratch)
+                              <real>r.maximum[i], kept + i * job.row_step, scratch)
     for i in range(n):
-        scale_row(kept_row(job, i, scratch), job.num_classes, 1.0 / r.others[i])
-    store(job, first * job.num_classes, n * job.num_classes, kept_row(job, 0, scratch))
+        scale_row(kept + i * job.row_step, job.num_classes, 1.0 / r.others[i])
+    store_rows(job, first, n, kept)
 
 
 cdef void log_softmax_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
     """log_softmax, or, without its second pass, logsumexp."""
+    cdef real* kept = kept_rows(job, unit, scratch)
     cdef Rows r
     cdef const char* x
     cdef const real* block
@@ -1216,7 +1242,7 @@ cdef void log_softmax_rows(
     add_exponentials(&r, n, scratch[0])
     for i in range(n):
         r.loss[i] = log1p_of(r.others[i] / r.top[i])
-    result = kept_row(job, 0, scratch)
+    result = kept
     if operation == LOGSUMEXP:
         for i in range(n):
             result[i] = <real>(r.maximum[i] + r.loss[i])
@@ -1225,19 +1251,20 @@ cdef void log_softmax_rows(
     for i in range(n):
         x = row_of(job, job.logits, job.storage, first + i)
         m, log_s = <real>r.maximum[i], <real>r.loss[i]
-        result = kept_row(job, i, scratch)
+        result = kept + i * job.row_step
         for b in range(blocks_in(job.num_classes)):
             c = b * BLOCK
             width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
             block = load_block(job.storage, x, c, width, scratch)
             for j in range(width):
                 result[c + j] = (block[j] - m) - log_s
-    store(job, first * job.num_classes, n * job.num_classes, kept_row(job, 0, scratch))
+    store_rows(job, first, n, kept)
 
 
 cdef void cross_entropy_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
+    cdef real* kept = kept_rows(job, unit, scratch)
     cdef Rows r
     cdef int64_t y[LANES]
     cdef const char* x
@@ -1262,7 +1289,7 @@ cdef void cross_entropy_rows(
         elif job.smoothing != 0.0:
             r.gap[i] = job.largest_weight * gap_of_row(job, x, m, scratch)
         if job.out != NULL:
-            e = kept_row(job, i, scratch)
+            e = kept + i * job.row_step
         r.target_logit[i] = load_block(job.storage, x, y[i], 1, scratch)[0]
         r.others[i] = exp_row(job, x, y[i], m, e, scratch)
     add_exponentials(&r, n, scratch[0])
@@ -1274,8 +1301,8 @@ cdef void cross_entropy_rows(
     if job.out == NULL:
         return
     for i in range(n):
-        write_row(job, first + i, i, &r, y[i], kept_row(job, i, scratch), scratch)
-    store(job, first * job.num_classes, n * job.num_classes, kept_row(job, 0, scratch))
+        write_row(job, first + i, i, &r, y[i], kept + i * job.row_step, scratch)
+    store_rows(job, first, n, kept)
 
 
 cdef double gap_of_row(const Job* job, const char* x, real m, real* scratch) noexcept nogil:
@@ -1320,6 +1347,7 @@ cdef void backward_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
     """softmax_backward: p (g - sum g p); log_softmax_backward: g - exp(l) sum g."""
+    cdef real* kept = kept_rows(job, unit, scratch)
     cdef const char* forward
     cdef const char* upstream
     cdef const real* p
@@ -1355,14 +1383,27 @@ cdef void backward_rows(
             width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
             g = load_block(job.storage, upstream, c, width, scratch)
             p = load_block(job.storage, forward, c, width, scratch + BLOCK)
-            result = kept_row(job, i, scratch) + c
+            result = kept + i * job.row_step + c
             if operation == SOFTMAX_BACKWARD:
                 for j in range(width):
                     result[j] = p[j] * (g[j] - f)
             else:
                 for j in range(width):
                     result[j] = g[j] - exponential(p[j], pivot, magic, lowest) * shrink * f
-    store(job, first * job.num_classes, n * job.num_classes, kept_row(job, 0, scratch))
+    store_rows(job, first, n, kept)
+
+
+cdef inline void row_unit(
+    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+) noexcept nogil:
+    if operation == SOFTMAX:
+        softmax_rows(job, unit, scratch)
+    elif operation <= LOGSUMEXP:
+        log_softmax_rows(job, operation, unit, scratch)
+    elif operation <= LOG_SOFTMAX_BACKWARD:
+        backward_rows(job, operation, unit, scratch)
+    else:
+        cross_entropy_rows(job, operation, unit, scratch)
 
 
 cdef inline real reference_above(real maximum) noexcept nogil:
@@ -1405,31 +1446,7 @@ cdef inline real* other_tile_of(const Job* job, real* scratch) noexcept nogil:
 
 
 cdef inline Py_ssize_t tile_numbers(const Job* job) noexcept nogil:
-    """What a unit of tiles needs of scratch; the carries, one a class, lie behind it."""
     return (job.num_classes + 1) * LANES + 2 * (job.num_classes + 8) * job.step
-
-
-cdef inline Carry* carries_of(const Job* job, real* scratch) noexcept nogil:
-    return <Carry*>(scratch + tile_numbers(job))
-
-
-cdef inline bint carries(const Job* job) noexcept nogil:
-    return job.tiles and job.stream and job.inner > 1
-
-
-cdef inline void begin_carries(const Job* job, real* scratch) noexcept nogil:
-    if carries(job):
-        memset(carries_of(job, scratch), 0, job.num_classes * sizeof(Carry))
-
-
-cdef inline void flush_carries(const Job* job, real* scratch) noexcept nogil:
-    cdef Carry* carry
-    cdef Py_ssize_t c
-    if carries(job):
-        for c in range(job.num_classes):
-            carry = carries_of(job, scratch) + c
-            if carry.end != NULL:
-                flush(carry)
 
 
 cdef inline void load_tiles(
@@ -1830,7 +1847,7 @@ cdef void tile_unit(
     cdef real* tile = tile_of(job, scratch)
     cdef real* other = NULL
     cdef Py_ssize_t i, lane, first = unit * job.group
-    cdef double total = 0.0
+    cdef double loss
     load_tiles(job, job.storage, job.logits, unit, tile, scratch)
     if job.other != NULL:
         other = other_tile_of(job, scratch)
@@ -1842,12 +1859,121 @@ cdef void tile_unit(
         elif operation <= LOG_SOFTMAX_BACKWARD:
             backward_tile(job, operation, tile + lane, other + lane)
         else:
-            total += cross_entropy_tile(job, operation, first + lane, tile + lane,
-                                        other + lane if other != NULL else NULL)
-    if operation >= CROSS_ENTROPY:
-        job.partial[unit] = total
+            loss = cross_entropy_tile(job, operation, first + lane, tile + lane,
+                                      other + lane if other != NULL else NULL)
+            job.partial[(first + lane) // LANES] = loss
     if job.out != NULL and operation != LOGSUMEXP:
         store_tiles(job, unit, tile, scratch)
+
+
+# ---------------------------------------------------------------------------------------------
+# Columns: many classes that do not lie next to each other
+# ---------------------------------------------------------------------------------------------
+# A unit of columns is turned into rows, which the functions above take in place, and back. So the
+# bits of a row do not depend on how it lies in memory. Scratch: that of rows, then the unit's rows,
+# twice, with room for what transposing writes beyond them.
+
+cdef inline real* turned_of(const Job* job, real* scratch) noexcept nogil:
+    return scratch + row_numbers(job)
+
+
+cdef inline Py_ssize_t turned_numbers(const Job* job) noexcept nogil:
+    return (min(job.group, job.rows) + 7) * job.row_step
+
+
+cdef void load_columns(
+    const Job* job, Storage storage, const char* data, Py_ssize_t unit, real* rows
+) noexcept nogil:
+    cdef real staged[TURN * LANES]
+    cdef Py_ssize_t C = job.num_classes, inner = job.inner, step = job.row_step
+    cdef Py_ssize_t turns = (C + TURN - 1) // TURN
+    cdef Py_ssize_t first = unit * job.group, n = rows_in_unit(job, unit)
+    cdef Py_ssize_t row = 0, width, turn, c, j, o, i, lane, start, apart, size = itemsize(storage)
+    cdef const real* source
+    cdef const real* line
+    while row < n:
+        o, i = (first + row) // inner, (first + row) % inner
+        width = min(n - row, inner - i)
+        for turn in range(turns):
+            c = turn * TURN
+            start = (o * C + c) * inner + i
+            for j in range(TURN):
+                fetch(data + (start + (j + 2 * TURN) * inner) * size, width * size)
+            source, apart = (<const real*>data) + start, inner
+            if size == 2 or start + (TURN - 1) * inner + width + 7 > job.rows * C:
+                source, apart = staged, LANES
+                for j in range(min(C - c, <Py_ssize_t>TURN)):
+                    line = load_block(storage, data, start + j * inner, width, staged + j * LANES)
+                    if line != staged + j * LANES:
+                        memcpy(staged + j * LANES, line, width * sizeof(real))
+            for lane in range(0, width, 8):
+                for j in range(0, TURN, 8):
+                    transpose(source + j * apart + lane, apart,
+                              rows + (row + lane) * step + c + j, step)
+        row += width
+
+
+cdef void store_columns(
+    const Job* job, Py_ssize_t unit, const real* rows, Carry* carry
+) noexcept nogil:
+    cdef real staged[TURN * LANES]
+    cdef Py_ssize_t C = job.num_classes, inner = job.inner, step = job.row_step
+    cdef Py_ssize_t turns = (C + TURN - 1) // TURN
+    cdef Py_ssize_t first = unit * job.group, n = rows_in_unit(job, unit)
+    cdef Py_ssize_t row = 0, width, turn, c, j, o, i, lane
+    while row < n:
+        o, i = (first + row) // inner, (first + row) % inner
+        width = min(n - row, inner - i)
+        for turn in range(turns):
+            c = turn * TURN
+            for lane in range(0, width, 8):
+                for j in range(0, TURN, 8):
+                    transpose(rows + (row + lane) * step + c + j, step,
+                              staged + j * LANES + lane, LANES)
+            for j in range(min(C - c, <Py_ssize_t>TURN)):
+                store_run(job, carry + c + j, (o * C + c + j) * inner + i, width,
+                          staged + j * LANES)
+        row += width
+
+
+cdef Job job_of_rows(const Job* job, Py_ssize_t unit, real* rows, real* other) noexcept nogil:
+    """The job of the rows that a unit of columns was turned into."""
+    cdef Job part = job[0]
+    cdef Py_ssize_t first = unit * job.group
+    part.rows, part.inner = rows_in_unit(job, unit), 1
+    part.group, part.stream = job.summed, False
+    part.storage = part.other_storage = FLOAT32 if real is float else FLOAT64
+    part.logits = <const char*>rows
+    if job.out != NULL:
+        part.out = <char*>rows
+    if job.other != NULL:
+        part.other = <const char*>other
+    if job.target != NULL:
+        part.target += first << (job.target_kind & 3)
+    if job.sample_weight != NULL:
+        part.sample_weight += first
+    if job.losses != NULL:
+        part.losses += first * <Py_ssize_t>sizeof(real)
+    part.partial += first // job.summed
+    return part
+
+
+cdef void column_unit(
+    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+) noexcept nogil:
+    cdef real* rows = turned_of(job, scratch)
+    cdef real* other = rows + turned_numbers(job)
+    cdef Job part = job_of_rows(job, unit, rows, other)
+    cdef Py_ssize_t i
+    load_columns(job, job.storage, job.logits, unit, rows)
+    if job.other != NULL:
+        load_columns(job, job.other_storage, job.other, unit, other)
+    for i in range((part.rows + part.group - 1) // part.group):
+        row_unit(&part, operation, i, scratch)
+    if operation == LOGSUMEXP:
+        store(job, unit * job.group, part.rows, rows)
+    elif job.out != NULL:
+        store_columns(job, unit, rows, carries_of(job, scratch))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1888,16 +2014,35 @@ cdef inline void run_unit(
 ) noexcept nogil:
     if operation == NLL or operation == NLL_BACKWARD:
         nll_unit(job, operation, unit, scratch)
-    elif job.tiles:
+    elif job.layout == TILES:
         tile_unit(job, operation, unit, scratch)
-    elif operation == SOFTMAX:
-        softmax_rows(job, unit, scratch)
-    elif operation <= LOGSUMEXP:
-        log_softmax_rows(job, operation, unit, scratch)
-    elif operation <= LOG_SOFTMAX_BACKWARD:
-        backward_rows(job, operation, unit, scratch)
+    elif job.layout == COLUMNS:
+        column_unit(job, operation, unit, scratch)
     else:
-        cross_entropy_rows(job, operation, unit, scratch)
+        row_unit(job, operation, unit, scratch)
+
+
+cdef inline Carry* carries_of(const Job* job, real* scratch) noexcept nogil:
+    return <Carry*>(scratch + job.numbers)
+
+
+cdef inline bint carries(const Job* job) noexcept nogil:
+    return job.stream and job.inner > 1
+
+
+cdef inline void begin_carries(const Job* job, real* scratch) noexcept nogil:
+    if carries(job):
+        memset(carries_of(job, scratch), 0, job.num_classes * sizeof(Carry))
+
+
+cdef inline void flush_carries(const Job* job, real* scratch) noexcept nogil:
+    cdef Carry* carry
+    cdef Py_ssize_t c
+    if carries(job):
+        for c in range(job.num_classes):
+            carry = carries_of(job, scratch) + c
+            if carry.end != NULL:
+                flush(carry)
 
 
 cdef inline void run_units(
@@ -1948,29 +2093,38 @@ cdef inline Py_ssize_t round_up(Py_ssize_t n) noexcept:
 
 cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
     """Choose rows or tiles and the size of a unit; return the bytes of scratch a thread needs."""
-    cdef Py_ssize_t C = job.num_classes, numbers, tiles
-    job.group = job.step = LANES
-    job.tiles = job.inner > 1 or C <= SHORT_ROW
+    cdef Py_ssize_t C = job.num_classes, tiles, columns, size
+    job.group = job.summed = job.step = LANES
+    job.row_step = C
+    job.layout = TILES if C <= SHORT_ROW else ROWS if job.inner == 1 else COLUMNS
     if operation == NLL or operation == NLL_BACKWARD:
-        numbers = 1
-    elif job.tiles:
+        job.numbers = 1
+    elif job.layout == TILES:
         tiles = min(WIDE // (C * LANES), job.rows // (LANES * FEWEST_UNITS))
         if job.inner > 1 and tiles > 1:
             job.group = LANES * min(tiles, <Py_ssize_t>MOST_TILES)
             job.step = job.group + LINE // 4  # else classes fall on the same sets of the cache
-        numbers = tile_numbers(job)
+        job.numbers = tile_numbers(job)
     else:
-        job.group = min(max(<Py_ssize_t>GROUP // C, <Py_ssize_t>1), <Py_ssize_t>LANES)
-        numbers = 2 * BLOCK + job.group * C + CHUNK
+        while job.summed > 1 and job.summed * C > GROUP:
+            job.summed //= 2
+        job.group = job.summed
+        job.numbers = row_numbers(job)
+        if job.layout == COLUMNS:
+            columns = <Py_ssize_t>TURNED // C // TURN * TURN
+            job.group = min(max(columns, <Py_ssize_t>TURN), <Py_ssize_t>LANES)
+            # Room for a last chunk, and an odd number of lines: else rows fall on the same sets.
+            job.row_step = (C + CHUNK - 1) // CHUNK * CHUNK + TURN
+            job.numbers += turned_numbers(job) * (1 if job.other == NULL else 2)
     # In place, what is written is in the cache already.
     job.stream = (
         operation < NLL and operation != LOGSUMEXP and job.out != NULL and job.out != job.logits
         and job.rows * C * itemsize(job.storage) >= STREAM_BYTES
     )
-    numbers *= 8 if job.storage == FLOAT64 else 4
+    size = job.numbers * (8 if job.storage == FLOAT64 else 4)
     if carries(job):
-        numbers += C * sizeof(Carry)
-    return round_up(numbers)  # threads do not share a cache line
+        size += C * <Py_ssize_t>sizeof(Carry)
+    return round_up(size)  # threads do not share a cache line
 
 
 cdef double run(Job* job, Operation operation, int num_threads) except? -1:
@@ -1984,7 +2138,7 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
         return 0.0
     # All memory is taken before anything is written: where there is none, MemoryError says so.
     memory = np.empty(threads * scratch_bytes + LINE, np.uint8)
-    partial = np.empty(units)
+    partial = np.empty((job.rows + job.summed - 1) // job.summed)
     scratch = <char*>round_up(<Py_ssize_t>cnp.PyArray_BYTES(memory))
     job.partial = <double*>cnp.PyArray_DATA(partial)
     run_shares(job, operation, units, threads, scratch, scratch_bytes)
@@ -1993,7 +2147,7 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
         run_shares(job, NLL_BACKWARD, units, threads, scratch, scratch_bytes)
     if operation < CROSS_ENTROPY:
         return 0.0
-    if units == 1:
+    if partial.size == 1:
         return job.partial[0]
     # NumPy adds pairwise, in an order that depends on the number of units alone. Out is written: a
     # sum of losses that is infinite or NaN must not become an error now.

@@ -49,7 +49,9 @@ LANES = 64  # samples in a tile
 CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
 BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
 SHORT_ROW = 300  # rows of at most so many classes go into tiles
-GROUP = 8192  # elements of the rows that make up one unit of work
+GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
+TURN = 16  # classes of columns that are turned into rows at a time
+TURNED = 1 << 24  # elements of the columns that make up one unit of work, at most LANES of them
 WIDE = 16384  # elements of the tiles that make up one unit of work, where runs may be long
 MOST_TILES = 8  # of a unit
 FEWEST_UNITS = 32  # that are to be left when tiles are put together
@@ -63,6 +65,9 @@ IEEE = np.uint32(0x1F80)  # to nearest, denormals kept: results do not depend on
 # How 16 bits are to be read, and how the bytes of targets.
 FLOATS, FLOAT16, BFLOAT16 = 0, 1, 2
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+# How the samples of a call are taken.
+ROWS, TILES, COLUMNS = range(3)
 
 # The fields of a unit's rows, each LANES numbers in a float64 array.  In:
 MAXIMUM, OTHERS, TARGET_LOGIT, TARGET_WEIGHT, ROW_WEIGHT, GAP, MASS, TOP_MASS, INDEX = range(
@@ -166,6 +171,16 @@ def _borrow(typing_context, array):
 
 
 @intrinsic
+def _as_input(typing_context, array):
+    """The array as inputs are typed: read-only."""
+
+    def generate(context, builder, signature, arguments):
+        return arguments[0]
+
+    return array.copy(readonly=True)(array), generate
+
+
+@intrinsic
 def _lanes(typing_context, like):
     """LANES numbers on the stack of the caller, of the type of an array or of a NumPy type."""
     array_type = types.Array(like.dtype, 1, "C")
@@ -191,23 +206,25 @@ def _lanes(typing_context, like):
 
 
 @intrinsic
-def _transpose(typing_context, source, source_step, to, to_step):
+def _transpose(typing_context, source, source_start, source_step, to, to_start, to_step):
     """Eight runs of eight numbers: to[i][j] = source[j][i], the runs so many numbers apart."""
 
     def generate(context, builder, signature, arguments):
-        source_value, source_step, to_value, to_step = arguments
+        source_value, source_start, source_step, to_value, to_start, to_step = arguments
         vector = ir.VectorType(context.get_data_type(source.dtype), 8)
         size = source.dtype.bitwidth // 8
 
-        def run(array_type, array, step, i):
-            index = builder.mul(step, ir.Constant(step.type, i))
+        def run(array_type, array, start, step, i):
+            index = builder.add(start, builder.mul(step, ir.Constant(step.type, i)))
             return _place(context, builder, array_type, array, index, vector)
 
         def shuffle(a, b, mask):
             mask = ir.Constant(ir.VectorType(ir.IntType(32), 8), mask)
             return builder.shuffle_vector(a, b, mask)
 
-        a = [builder.load(run(source, source_value, source_step, i)) for i in range(8)]
+        a = [
+            builder.load(run(source, source_value, source_start, source_step, i)) for i in range(8)
+        ]
         for load in a:
             load.align = size
         b = []
@@ -221,10 +238,11 @@ def _transpose(typing_context, source, source_step, to, to_step):
         low = [shuffle(a[i], a[i + 4], [0, 1, 2, 3, 8, 9, 10, 11]) for i in range(4)]
         high = [shuffle(a[i], a[i + 4], [4, 5, 6, 7, 12, 13, 14, 15]) for i in range(4)]
         for i, values in enumerate(low + high):
-            builder.store(values, run(to, to_value, to_step, i)).align = size
+            builder.store(values, run(to, to_value, to_start, to_step, i)).align = size
         return context.get_dummy_value()
 
-    return types.void(source, types.intp, to, types.intp), generate
+    index = types.intp
+    return types.void(source, index, index, to, index, index), generate
 
 
 @intrinsic
@@ -637,6 +655,10 @@ def _store_run(out, start, values, storage, stream, carry, r, slot):
     With stream in whole cache lines, since half a line would first be read from memory: the end of
     a run that does not fill its line waits in `carry` for the next, which begins at r[slot].
     """
+    if values.dtype == types.uint16:
+        return lambda out, start, values, storage, stream, carry, r, slot: _copy_out(
+            out, start, values, stream
+        )
     if out.dtype == types.uint16:
         return lambda out, start, values, storage, stream, carry, r, slot: _store(
             out, start, values, storage, stream
@@ -1091,8 +1113,8 @@ def _deliver_losses(r, n, losses, first, like):
 # ---------------------------------------------------------------------------------------------
 # A unit is a group of rows, so that the scalar step has something to vectorise, and what is
 # written is a long run.  Each stage goes over all rows of the group before the next: rows overlap
-# in the processor, stages of one row cannot.  Scratch: two blocks, and the group's rows with room
-# for a last chunk.
+# in the processor, stages of one row cannot.  Rows begin `step` numbers apart.  Scratch: two
+# blocks, and the group's rows with room for a last chunk.
 
 
 @_inline
@@ -1100,10 +1122,18 @@ def _row_scratch(scratch):
     return scratch[:BLOCK], scratch[BLOCK : 2 * BLOCK], scratch[2 * BLOCK :]
 
 
+@_inline
+def _store_rows(out, first, kept, n, num_classes, step, storage, stream):
+    size = n * num_classes if step == num_classes else num_classes
+    for start in range(0, n * num_classes, size):
+        row = first + start // num_classes
+        _store(out, row * step, kept[start : start + size], storage, stream)
+
+
 @_spliced
-def _largest_of_rows(x, first, n, num_classes, r, buffer, storage):
+def _largest_of_rows(x, first, n, num_classes, step, r, buffer, storage):
     for i in range(n):
-        start = (first + i) * num_classes
+        start = (first + i) * step
         m = buffer.dtype.type(-np.inf)
         for c in range(0, num_classes, BLOCK):
             block = _load(x, start + c, min(BLOCK, num_classes - c), buffer, storage)
@@ -1162,30 +1192,30 @@ def _write_row(e, r, i, index, weight, largest, soft, start, keep, uniform, buff
 
 
 @_inline
-def _softmax_rows(x, out, r, scratch, first, n, num_classes, storage, stream):
+def _softmax_rows(x, out, r, scratch, first, n, num_classes, step, storage, stream):
     buffer, line, kept = _row_scratch(scratch)
-    ahead = min(n * num_classes, FAR)
-    _largest_of_rows(x, first, n, num_classes, r, buffer, storage)
+    ahead = min(n * step, FAR)
+    _largest_of_rows(x, first, n, num_classes, step, r, buffer, storage)
     for i in range(n):
         r[OTHERS + i] = _exp_row(
-            x, (first + i) * num_classes, num_classes, -1, r[MAXIMUM + i], True,
+            x, (first + i) * step, num_classes, -1, r[MAXIMUM + i], True,
             kept[i * num_classes :], buffer, line, ahead, storage,
         )  # fmt: skip
     for i in range(n):
         e = kept[i * num_classes : (i + 1) * num_classes]
         _scale(e, _narrow_factor(e, 1.0 / r[OTHERS + i]))
-    _store(out, first * num_classes, kept[: n * num_classes], storage, stream)
+    _store_rows(out, first, kept, n, num_classes, step, storage, stream)
 
 
 @_inline
-def _log_softmax_rows(x, out, r, scratch, first, n, num_classes, storage, stream, log_probs):
-    """log_softmax, or, without its second pass, logsumexp."""
+def _log_softmax_rows(x, out, r, scratch, first, n, num_classes, step, storage, stream, log_probs):
+    """log_softmax; without log_probs only what logsumexp needs."""
     buffer, line, kept = _row_scratch(scratch)
     real = scratch.dtype.type
-    ahead = min(n * num_classes, FAR)
-    _largest_of_rows(x, first, n, num_classes, r, buffer, storage)
+    ahead = min(n * step, FAR)
+    _largest_of_rows(x, first, n, num_classes, step, r, buffer, storage)
     for i in range(n):
-        start = (first + i) * num_classes
+        start = (first + i) * step
         m = real(r[MAXIMUM + i])
         index = _find_in_row(x, start, num_classes, m, buffer, storage)
         r[TARGET_LOGIT + i] = m
@@ -1196,18 +1226,15 @@ def _log_softmax_rows(x, out, r, scratch, first, n, num_classes, storage, stream
     for i in range(n):
         r[LOSS + i] = _log1p(r[OTHERS + i] / r[TOP + i])
     if not log_probs:
-        for i in range(n):
-            kept[i] = r[MAXIMUM + i] + r[LOSS + i]
-        _store(out, first, kept[:n], storage, False)
         return
     for i in range(n):
         m, log_s = real(r[MAXIMUM + i]), real(r[LOSS + i])
         for c in range(0, num_classes, BLOCK):
             width = min(BLOCK, num_classes - c)
-            block = _load(x, (first + i) * num_classes + c, width, buffer, storage)
+            block = _load(x, (first + i) * step + c, width, buffer, storage)
             start = i * num_classes + c
             _shift(block, m, log_s, kept[start : start + width])
-    _store(out, first * num_classes, kept[: n * num_classes], storage, stream)
+    _store_rows(out, first, kept, n, num_classes, step, storage, stream)
 
 
 @_inline
@@ -1218,15 +1245,15 @@ def _shift(x, m, log_s, result):
 
 @_spliced
 def _reduce_rows(
-    x, r, scratch, first, n, num_classes, weight, largest, soft, keep, uniform, keep_exponentials,
-    storage, soft_storage,
+    x, r, scratch, first, n, num_classes, step, weight, largest, soft, keep, uniform,
+    keep_exponentials, storage, soft_storage,
 ):  # fmt: skip
     """The first stage of cross-entropy: of soft targets unless they are None, else of indices."""
     buffer, line, kept = _row_scratch(scratch)
-    ahead = min(n * num_classes, FAR)
-    _largest_of_rows(x, first, n, num_classes, r, buffer, storage)
+    ahead = min(n * step, FAR)
+    _largest_of_rows(x, first, n, num_classes, step, r, buffer, storage)
     for i in range(n):
-        start = (first + i) * num_classes
+        start = (first + i) * step
         r[GAP + i] = 0.0
         r[TARGET_LOGIT + i] = 0.0
         r[OTHERS + i] = 0.0
@@ -1283,16 +1310,16 @@ def _soft_sums(
 
 @_spliced
 def _write_rows(
-    out, r, scratch, first, n, num_classes, weight, largest, soft, keep, uniform, storage,
+    out, r, scratch, first, n, num_classes, step, weight, largest, soft, keep, uniform, storage,
     soft_storage, stream,
 ):  # fmt: skip
     buffer, _, kept = _row_scratch(scratch)
     for i in range(n):
         _write_row(
             kept[i * num_classes : (i + 1) * num_classes], r, i, int(r[INDEX + i]), weight, largest,
-            soft, (first + i) * num_classes, keep, uniform, buffer, soft_storage,
+            soft, (first + i) * step, keep, uniform, buffer, soft_storage,
         )  # fmt: skip
-    _store(out, first * num_classes, kept[: n * num_classes], storage, stream)
+    _store_rows(out, first, kept, n, num_classes, step, storage, stream)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1315,7 +1342,7 @@ def _tile_scratch(scratch, num_classes, step):
 
 @_inline
 def _tile_numbers(num_classes, step):
-    """What a unit of tiles needs of scratch; the carries, one a class, lie behind it."""
+    """What a unit of tiles needs of scratch."""
     return (num_classes + 1) * LANES + 2 * (num_classes + 8) * step
 
 
@@ -1323,7 +1350,7 @@ def _tile_numbers(num_classes, step):
 def _transpose_rows(rows, tile, num_classes):
     for lane in range(0, LANES, 8):
         for c in range(0, num_classes, 8):
-            _transpose(rows[lane * num_classes + c :], num_classes, tile[c * LANES + lane :], LANES)
+            _transpose(rows, lane * num_classes + c, num_classes, tile, c * LANES + lane, LANES)
 
 
 @_inline
@@ -1358,9 +1385,8 @@ def _store_tiles(out, tile, scratch, r, first, n, num_classes, inner, step, stor
         # From the last classes to the first: what goes beyond a row is written over by the next.
         for lane in range(0, LANES, 8):
             for c in range((num_classes - 1) // 8 * 8, -1, -8):
-                _transpose(
-                    tile[c * LANES + lane :], LANES, buffer[lane * num_classes + c :], num_classes
-                )
+                place = lane * num_classes + c
+                _transpose(tile, c * LANES + lane, LANES, buffer, place, num_classes)
         _store(out, first * num_classes, buffer[: n * num_classes], storage, stream)
         return
     lane = 0
@@ -1372,28 +1398,9 @@ def _store_tiles(out, tile, scratch, r, first, n, num_classes, inner, step, stor
             start = (o * num_classes + c) * inner + i
             _store_run(
                 out, start, tile[column : column + width], storage, stream,
-                _carry(scratch, num_classes, step, c), r, FIELDS + c,
+                _carry(scratch, r, c), r, FIELDS + c,
             )  # fmt: skip
         lane += width
-
-
-@_inline
-def _carry(scratch, num_classes, step, c):
-    """Half a cache line or less of class c; r[FIELDS + c] says where it is to go, or -1."""
-    start = _tile_numbers(num_classes, step) + c * (LINE // scratch.itemsize)
-    return scratch[start : start + LINE // scratch.itemsize]
-
-
-@_inline
-def _begin_carries(r):
-    for c in range(FIELDS, r.size):
-        r[c] = -1.0
-
-
-@_inline
-def _flush_carries(out, r, scratch, num_classes, step):
-    for c in range(r.size - FIELDS):
-        _flush(out, _carry(scratch, num_classes, step, c), r, FIELDS + c)
 
 
 @_inline
@@ -1649,9 +1656,63 @@ def _reduce_tile(
 
 
 # ---------------------------------------------------------------------------------------------
+# Columns: many classes that do not lie next to each other
+# ---------------------------------------------------------------------------------------------
+# A unit of columns is turned into rows, which the functions above take in place, and turned back.
+# So the bits of a row do not depend on how it lies in memory.  `turned` has the type of what is
+# turned: room for TURN classes of a unit, then its rows, `step` numbers apart, with room for what
+# transposing writes beyond them.
+
+
+@_inline
+def _load_columns(x, turned, first, n, num_classes, inner, step):
+    staged, rows = turned[: TURN * LANES], turned[TURN * LANES :]
+    row = 0
+    while row < n:
+        o, i = divmod(first + row, inner)
+        width = min(n - row, inner - i)
+        for c in range(0, num_classes, TURN):
+            source, start, apart = x, (o * num_classes + c) * inner + i, inner
+            for j in range(2 * TURN, 3 * TURN):
+                _fetch(x, start + j * inner, width)
+            if start + (TURN - 1) * inner + width + 7 > x.size:
+                for j in range(min(TURN, num_classes - c)):
+                    place = start + j * inner
+                    _copy(staged[j * LANES : j * LANES + width], x[place : place + width])
+                source, start, apart = _as_input(staged), 0, LANES
+            for lane in range(0, width, 8):
+                for j in range(0, TURN, 8):
+                    place = (row + lane) * step + c + j
+                    _transpose(source, start + j * apart + lane, apart, rows, place, step)
+        row += width
+
+
+@_inline
+def _store_columns(out, turned, scratch, r, first, n, num_classes, inner, step, storage, stream):
+    staged, rows = turned[: TURN * LANES], turned[TURN * LANES :]
+    row = 0
+    while row < n:
+        o, i = divmod(first + row, inner)
+        width = min(n - row, inner - i)
+        for c in range(0, num_classes, TURN):
+            for lane in range(0, width, 8):
+                for j in range(0, TURN, 8):
+                    place = (row + lane) * step + c + j
+                    _transpose(rows, place, step, staged, j * LANES + lane, LANES)
+            for j in range(min(TURN, num_classes - c)):
+                start = (o * num_classes + c + j) * inner + i
+                _store_run(
+                    out, start, staged[j * LANES : j * LANES + width], storage, stream,
+                    _carry(scratch, r, c + j), r, FIELDS + c + j,
+                )  # fmt: skip
+        row += width
+
+
+# ---------------------------------------------------------------------------------------------
 # Shares: what one thread does
 # ---------------------------------------------------------------------------------------------
-# `shape` is (rows, num_classes, inner, tiled, group, step, stream), group being the rows of a unit.
+# `shape` is (rows, num_classes, inner, layout, group, summed, step, stream): group rows make up a
+# unit, as many as summed go through the functions above together; step as there.
 
 
 @_entry(parallel=True)
@@ -1661,58 +1722,132 @@ def _on_threads(share, arguments, units, threads):
 
 
 @_inline
+def _carry(scratch, r, c):
+    """Half a cache line or less of class c; r[FIELDS + c] says where it is to go, or -1."""
+    line = LINE // scratch.itemsize
+    start = scratch.size - (r.size - FIELDS - c) * line
+    return scratch[start : start + line]
+
+
+@_inline
+def _begin_carries(r):
+    for c in range(FIELDS, r.size):
+        r[c] = -1.0
+
+
+@_inline
+def _flush_carries(out, r, scratch):
+    for c in range(r.size - FIELDS):
+        _flush(out, _carry(scratch, r, c), r, FIELDS + c)
+
+
+@_inline
+def _load_unit(x, tile, buffer, turned, first, n, num_classes, inner, layout, step, storage):
+    if layout == TILES:
+        _load_tiles(x, tile, buffer, first, n, num_classes, inner, step, storage)
+    elif layout == COLUMNS:
+        _load_columns(x, turned, first, n, num_classes, inner, step)
+
+
+@_inline
+def _store_unit(
+    out, tile, turned, scratch, r, first, n, num_classes, inner, layout, step, storage, stream
+):
+    if layout == TILES:
+        _store_tiles(out, tile, scratch, r, first, n, num_classes, inner, step, storage, stream)
+    elif layout == COLUMNS:
+        _store_columns(out, turned, scratch, r, first, n, num_classes, inner, step, storage, stream)
+
+
+@_inline
+def _rows_of(array, turned, layout):
+    """Where the rows lie that are to be read: in the array itself, or, of columns, in `turned`."""
+    return _as_input(turned[TURN * LANES :]) if layout == COLUMNS else array
+
+
+@_inline
+def _rows_to(array, turned, layout):
+    return turned[TURN * LANES :] if layout == COLUMNS else array
+
+
+@_inline
 def _share(units, thread, threads):
     return range(units * thread // threads, units * (thread + 1) // threads)
 
 
 @_entry
-def _softmax_share(x, out, shape, storage, scratch, fields, units, thread, threads):
+def _softmax_share(x, out, shape, storage, scratch, fields, turned, units, thread, threads):
     mode = _set_float_mode(IEEE)
-    rows, num_classes, inner, tiled, group, step, stream = shape
-    x, out = _borrow(x), _borrow(out)
+    rows, num_classes, inner, layout, group, summed, step, stream = shape
+    x, out, turned = _borrow(x), _borrow(out), _borrow(turned[thread])
+    x_rows, out_rows = _rows_of(x, turned, layout), _rows_to(out, turned, layout)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
     buffer, tile, _ = _tile_scratch(own, num_classes, step)
     _begin_carries(r)
     for unit in _share(units, thread, threads):
         first = unit * group
-        n = min(group, rows - first)
-        if not tiled:
-            _softmax_rows(x, out, r, own, first, n, num_classes, storage, stream)
-            continue
-        _load_tiles(x, tile, buffer, first, n, num_classes, inner, step, storage)
-        for lane in range(0, n, LANES):
-            _softmax_tile(tile[lane:], r, num_classes, step, x, first + lane + group, inner)
-        _store_tiles(out, tile, own, r, first, n, num_classes, inner, step, storage, stream)
-    _flush_carries(out, r, own, num_classes, step)
+        last = min(first + group, rows)
+        _load_unit(
+            x, tile, buffer, turned, first, last - first, num_classes, inner, layout, step, storage
+        )
+        for start in range(first, last, summed):
+            row = start - first if layout == COLUMNS else start
+            if layout == TILES:
+                _softmax_tile(tile[start - first :], r, num_classes, step, x, start + group, inner)
+            else:
+                _softmax_rows(
+                    x_rows, out_rows, r, own, row, min(summed, last - start), num_classes, step,
+                    storage, stream and layout == ROWS,
+                )  # fmt: skip
+        _store_unit(
+            out, tile, turned, own, r, first, last - first, num_classes, inner, layout, step,
+            storage, stream,
+        )  # fmt: skip
+    _flush_carries(out, r, own)
     _end_stream()
     _set_float_mode(mode)
 
 
 @_entry
-def _log_softmax_share(x, out, shape, storage, log_probs, scratch, fields, units, thread, threads):
+def _log_softmax_share(
+    x, out, shape, storage, log_probs, scratch, fields, turned, units, thread, threads
+):
     """log_softmax, or, without log_probs, logsumexp."""
     mode = _set_float_mode(IEEE)
-    rows, num_classes, inner, tiled, group, step, stream = shape
-    x, out = _borrow(x), _borrow(out)
+    rows, num_classes, inner, layout, group, summed, step, stream = shape
+    x, out, turned = _borrow(x), _borrow(out), _borrow(turned[thread])
+    x_rows, out_rows = _rows_of(x, turned, layout), _rows_to(out, turned, layout)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
     buffer, tile, _ = _tile_scratch(own, num_classes, step)
     _begin_carries(r)
     for unit in _share(units, thread, threads):
         first = unit * group
-        n = min(group, rows - first)
-        if not tiled:
-            _log_softmax_rows(x, out, r, own, first, n, num_classes, storage, stream, log_probs)
-            continue
-        _load_tiles(x, tile, buffer, first, n, num_classes, inner, step, storage)
-        for lane in range(0, n, LANES):
-            _log_softmax_tile(
-                tile[lane:], r, num_classes, step, x, first + lane + group, inner, log_probs
-            )
+        last = min(first + group, rows)
+        _load_unit(
+            x, tile, buffer, turned, first, last - first, num_classes, inner, layout, step, storage
+        )
+        for start in range(first, last, summed):
+            n = min(summed, last - start)
+            row = start - first if layout == COLUMNS else start
+            if layout == TILES:
+                _log_softmax_tile(
+                    tile[start - first :], r, num_classes, step, x, start + group, inner, log_probs
+                )
+            else:
+                _log_softmax_rows(
+                    x_rows, out_rows, r, own, row, n, num_classes, step, storage,
+                    stream and layout == ROWS, log_probs,
+                )  # fmt: skip
+            if not log_probs:
+                for i in range(n):
+                    buffer[i] = r[MAXIMUM + i] + r[LOSS + i]
+                _store(out, start, buffer[:n], storage, False)
         if log_probs:
-            _store_tiles(out, tile, own, r, first, n, num_classes, inner, step, storage, stream)
-        else:
-            _store(out, first, tile[:n], storage, False)
-    _flush_carries(out, r, own, num_classes, step)
+            _store_unit(
+                out, tile, turned, own, r, first, last - first, num_classes, inner, layout, step,
+                storage, stream,
+            )  # fmt: skip
+    _flush_carries(out, r, own)
     _end_stream()
     _set_float_mode(mode)
 
@@ -1720,24 +1855,27 @@ def _log_softmax_share(x, out, shape, storage, log_probs, scratch, fields, units
 @_entry
 def _cross_entropy_share(
     x, target, weight, relative_weight, sample_weight, shape, storage, ignore_index, options,
-    losses, out, scratch, fields, partial, units, thread, threads,
+    losses, out, scratch, fields, turned, partial, units, thread, threads,
 ):  # fmt: skip
     mode = _set_float_mode(IEEE)
-    rows, num_classes, inner, tiled, group, step, stream = shape
+    rows, num_classes, inner, layout, group, summed, step, stream = shape
     smoothing, z_loss, scale, weight_sum, largest = options
     uniform = smoothing / num_classes
-    x, out = _borrow(x), _borrow(out)
+    x, out, turned = _borrow(x), _borrow(out), _borrow(turned[thread])
+    x_rows, out_rows = _rows_of(x, turned, layout), _rows_to(out, turned, layout)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
     buffer, tile, _ = _tile_scratch(own, num_classes, step)
+    tiled = layout == TILES
     _begin_carries(r)
     for unit in _share(units, thread, threads):
         first = unit * group
         last = min(first + group, rows)
-        partial[unit] = 0.0
-        if tiled:
-            _load_tiles(x, tile, buffer, first, last - first, num_classes, inner, step, storage)
-        for start in range(first, last, LANES):  # once, where rows are not tiled
-            n = min(LANES, last - start)
+        _load_unit(
+            x, tile, buffer, turned, first, last - first, num_classes, inner, layout, step, storage
+        )
+        for start in range(first, last, summed):
+            n = min(summed, last - start)
+            row = start - first if layout == COLUMNS else start
             own_tile = tile[start - first :]
             _read_targets(
                 r, target, weight, sample_weight, start, n, num_classes, ignore_index,
@@ -1750,27 +1888,28 @@ def _cross_entropy_share(
                 )  # fmt: skip
             else:
                 _reduce_rows(
-                    x, r, own, start, n, num_classes, relative_weight, largest, None, 1.0, uniform,
-                    out.size > 0, storage, FLOATS,
+                    x_rows, r, own, row, n, num_classes, step, relative_weight, largest, None, 1.0,
+                    uniform, out.size > 0, storage, FLOATS,
                 )  # fmt: skip
             _cross_entropy_step(
                 r, LANES if tiled else n, num_classes, smoothing, z_loss, scale, weight_sum
             )
-            partial[unit] += _deliver_losses(r, n, losses, start, own)
+            partial[start // summed] = _deliver_losses(r, n, losses, start, own)
             if out.size and tiled:
                 _tile_scale(
                     own_tile, num_classes, step, None, relative_weight, largest, 1.0, uniform, r
                 )
             elif out.size:
                 _write_rows(
-                    out, r, own, start, n, num_classes, relative_weight, largest, None, 1.0,
-                    uniform, storage, FLOATS, stream,
+                    out_rows, r, own, row, n, num_classes, step, relative_weight, largest, None,
+                    1.0, uniform, storage, FLOATS, stream and layout == ROWS,
                 )  # fmt: skip
-        if out.size and tiled:
-            _store_tiles(
-                out, tile, own, r, first, last - first, num_classes, inner, step, storage, stream
-            )
-    _flush_carries(out, r, own, num_classes, step)
+        if out.size:
+            _store_unit(
+                out, tile, turned, own, r, first, last - first, num_classes, inner, layout, step,
+                storage, stream,
+            )  # fmt: skip
+    _flush_carries(out, r, own)
     _end_stream()
     _set_float_mode(mode)
 
@@ -1778,26 +1917,33 @@ def _cross_entropy_share(
 @_entry
 def _cross_entropy_soft_share(
     x, soft, relative_weight, sample_weight, shape, storage, soft_storage, options, losses, out,
-    scratch, fields, partial, units, thread, threads,
+    scratch, fields, turned, turned_soft, partial, units, thread, threads,
 ):  # fmt: skip
     mode = _set_float_mode(IEEE)
-    rows, num_classes, inner, tiled, group, step, stream = shape
+    rows, num_classes, inner, layout, group, summed, step, stream = shape
     smoothing, z_loss, scale, largest = options
     keep, uniform = 1.0 - smoothing, smoothing / num_classes
     x, soft, out = _borrow(x), _borrow(soft), _borrow(out)
+    turned, turned_soft = _borrow(turned[thread]), _borrow(turned_soft[thread])
+    x_rows, out_rows = _rows_of(x, turned, layout), _rows_to(out, turned, layout)
+    soft_rows = _rows_of(soft, turned_soft, layout)
+    tiled = layout == TILES
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
     buffer, tile, targets = _tile_scratch(own, num_classes, step)
     _begin_carries(r)
     for unit in _share(units, thread, threads):
         first = unit * group
         last = min(first + group, rows)
-        partial[unit] = 0.0
-        if tiled:
-            n = last - first
-            _load_tiles(x, tile, buffer, first, n, num_classes, inner, step, storage)
-            _load_tiles(soft, targets, buffer, first, n, num_classes, inner, step, soft_storage)
-        for start in range(first, last, LANES):  # once, where rows are not tiled
-            n = min(LANES, last - start)
+        _load_unit(
+            x, tile, buffer, turned, first, last - first, num_classes, inner, layout, step, storage
+        )
+        _load_unit(
+            soft, targets, buffer, turned_soft, first, last - first, num_classes, inner, layout,
+            step, soft_storage,
+        )  # fmt: skip
+        for start in range(first, last, summed):
+            n = min(summed, last - start)
+            row = start - first if layout == COLUMNS else start
             own_tile, own_targets = tile[start - first :], targets[start - first :]
             _read_sample_weights(r, sample_weight[start : start + n], n)
             if tiled:
@@ -1807,11 +1953,11 @@ def _cross_entropy_soft_share(
                 )  # fmt: skip
             else:
                 _reduce_rows(
-                    x, r, own, start, n, num_classes, relative_weight, largest, soft, keep,
-                    uniform, out.size > 0, storage, soft_storage,
+                    x_rows, r, own, row, n, num_classes, step, relative_weight, largest, soft_rows,
+                    keep, uniform, out.size > 0, storage, soft_storage,
                 )  # fmt: skip
             _cross_entropy_soft_step(r, LANES if tiled else n, z_loss, scale)
-            partial[unit] += _deliver_losses(r, n, losses, start, own)
+            partial[start // summed] = _deliver_losses(r, n, losses, start, own)
             if out.size and tiled:
                 _tile_scale(
                     own_tile, num_classes, step, own_targets, relative_weight, largest, keep,
@@ -1819,14 +1965,15 @@ def _cross_entropy_soft_share(
                 )  # fmt: skip
             elif out.size:
                 _write_rows(
-                    out, r, own, start, n, num_classes, relative_weight, largest, soft, keep,
-                    uniform, storage, soft_storage, stream,
+                    out_rows, r, own, row, n, num_classes, step, relative_weight, largest,
+                    soft_rows, keep, uniform, storage, soft_storage, stream and layout == ROWS,
                 )  # fmt: skip
-        if out.size and tiled:
-            _store_tiles(
-                out, tile, own, r, first, last - first, num_classes, inner, step, storage, stream
-            )
-    _flush_carries(out, r, own, num_classes, step)
+        if out.size:
+            _store_unit(
+                out, tile, turned, own, r, first, last - first, num_classes, inner, layout, step,
+                storage, stream,
+            )  # fmt: skip
+    _flush_carries(out, r, own)
     _end_stream()
     _set_float_mode(mode)
 
@@ -1855,13 +2002,13 @@ def _reference(maximum):
 
 
 @_inline
-def _backward_rows(g, p, out, r, scratch, first, n, num_classes, storage, stream, log_probs):
+def _backward_rows(g, p, out, r, scratch, first, n, num_classes, step, storage, stream, log_probs):
     buffer, line, kept = _row_scratch(scratch)
     real = scratch.dtype.type
     if log_probs:
-        _largest_of_rows(p, first, n, num_classes, r, buffer, storage)
+        _largest_of_rows(p, first, n, num_classes, step, r, buffer, storage)
     for i in range(n):
-        start = (first + i) * num_classes
+        start = (first + i) * step
         total = 0.0
         for c in range(0, num_classes, BLOCK):
             width = min(BLOCK, num_classes - c)
@@ -1882,7 +2029,7 @@ def _backward_rows(g, p, out, r, scratch, first, n, num_classes, storage, stream
                 _log_softmax_vjp(upstream, forward, pivot, magic, lowest, shrink, f, result)
             else:
                 _softmax_vjp(upstream, forward, f, result)
-    _store(out, first * num_classes, kept[: n * num_classes], storage, stream)
+    _store_rows(out, first, kept, n, num_classes, step, storage, stream)
 
 
 @_inline
@@ -1922,26 +2069,44 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
 
 
 @_entry
-def _backward_share(g, p, out, shape, storage, log_probs, scratch, fields, units, thread, threads):
+def _backward_share(
+    g, p, out, shape, storage, log_probs, scratch, fields, turned, turned_g, units, thread, threads
+):
     """softmax_backward: p (g - sum g p); with log_probs: g - exp(p) sum g."""
     mode = _set_float_mode(IEEE)
-    rows, num_classes, inner, tiled, group, step, stream = shape
+    rows, num_classes, inner, layout, group, summed, step, stream = shape
     g, p, out = _borrow(g), _borrow(p), _borrow(out)
+    turned, turned_g = _borrow(turned[thread]), _borrow(turned_g[thread])
+    p_rows, out_rows = _rows_of(p, turned, layout), _rows_to(out, turned, layout)
+    g_rows = _rows_of(g, turned_g, layout)
     r, own = _borrow(fields[thread]), _borrow(scratch[thread])
     buffer, tile, upstreams = _tile_scratch(own, num_classes, step)
     _begin_carries(r)
     for unit in _share(units, thread, threads):
         first = unit * group
-        n = min(group, rows - first)
-        if not tiled:
-            _backward_rows(g, p, out, r, own, first, n, num_classes, storage, stream, log_probs)
-            continue
-        _load_tiles(p, tile, buffer, first, n, num_classes, inner, step, storage)
-        _load_tiles(g, upstreams, buffer, first, n, num_classes, inner, step, storage)
-        for lane in range(0, n, LANES):
-            _backward_tile(tile[lane:], upstreams[lane:], r, num_classes, step, log_probs)
-        _store_tiles(out, tile, own, r, first, n, num_classes, inner, step, storage, stream)
-    _flush_carries(out, r, own, num_classes, step)
+        last = min(first + group, rows)
+        _load_unit(
+            p, tile, buffer, turned, first, last - first, num_classes, inner, layout, step, storage
+        )
+        _load_unit(
+            g, upstreams, buffer, turned_g, first, last - first, num_classes, inner, layout, step,
+            storage,
+        )  # fmt: skip
+        for start in range(first, last, summed):
+            row = start - first if layout == COLUMNS else start
+            lane = start - first
+            if layout == TILES:
+                _backward_tile(tile[lane:], upstreams[lane:], r, num_classes, step, log_probs)
+            else:
+                _backward_rows(
+                    g_rows, p_rows, out_rows, r, own, row, min(summed, last - start), num_classes,
+                    step, storage, stream and layout == ROWS, log_probs,
+                )  # fmt: skip
+        _store_unit(
+            out, tile, turned, own, r, first, last - first, num_classes, inner, layout, step,
+            storage, stream,
+        )  # fmt: skip
+    _flush_carries(out, r, own)
     _end_stream()
     _set_float_mode(mode)
 
@@ -1952,7 +2117,7 @@ def _nll_share(
     fields, partial, units, thread, threads,
 ):  # fmt: skip
     mode = _set_float_mode(IEEE)
-    rows, num_classes, inner, _, _, _, _ = shape
+    rows, num_classes, inner, _, _, _, _, _ = shape
     r = fields[thread]
     scratch = scratch[thread]
     for unit in _share(units, thread, threads):
@@ -1978,7 +2143,7 @@ def _nll_backward_share(
 ):  # fmt: skip
     """The gradient at the targets, into `out` that holds zeros."""
     mode = _set_float_mode(IEEE)
-    rows, num_classes, inner, _, _, _, _ = shape
+    rows, num_classes, inner, _, _, _, _, _ = shape
     r = fields[thread]
     scratch = scratch[thread]
     for unit in _share(units, thread, threads):
@@ -2041,7 +2206,8 @@ _layer_started = False
 def softmax(logits, out, num_threads):
     x, storage = _flat(logits)
     shape, units, threads = _plan(logits, out, num_threads)
-    arguments = (x, _flat_out(out), shape, storage, *_scratch(logits, shape, threads))
+    arguments = (x, _flat_out(out), shape, storage, *_scratch(logits, shape, threads),
+                 _turned(x, shape, threads))  # fmt: skip
     _run(_softmax_share, arguments, units, threads)
 
 
@@ -2056,7 +2222,8 @@ def logsumexp(logits, out, num_threads):
 def _log_softmax(logits, out, log_probs, num_threads):
     x, storage = _flat(logits)
     shape, units, threads = _plan(logits, out if log_probs else None, num_threads)
-    arguments = (x, _flat_out(out), shape, storage, log_probs, *_scratch(logits, shape, threads))
+    arguments = (x, _flat_out(out), shape, storage, log_probs, *_scratch(logits, shape, threads),
+                 _turned(x, shape, threads))  # fmt: skip
     _run(_log_softmax_share, arguments, units, threads)
 
 
@@ -2073,7 +2240,8 @@ def _backward(grad_output, forward, out, log_probs, num_threads):
     p, _ = _flat(forward)
     shape, units, threads = _plan(forward, out, num_threads)
     arguments = (g, p, _flat_out(out), shape, storage, log_probs,
-                 *_scratch(forward, shape, threads))  # fmt: skip
+                 *_scratch(forward, shape, threads), _turned(p, shape, threads),
+                 _turned(g, shape, threads))  # fmt: skip
     _run(_backward_share, arguments, units, threads)
 
 
@@ -2105,11 +2273,12 @@ def cross_entropy(
     shape, units, threads = _plan(logits, grad, num_threads)
     weight_sum = float(logits.shape[1] if weight is None else weight.sum())
     relative, largest = _relative(weight, logits)
-    partial = np.empty(units)
+    partial = _partial(shape)
     arguments = (
         x, _integers(target), _or_absent(weight), relative, _or_absent(sample_weight), shape,
         storage, ignore_index, (label_smoothing, z_loss, scale, weight_sum, largest),
-        *_outputs(logits, losses, grad), *_scratch(logits, shape, threads), partial,
+        *_outputs(logits, losses, grad), *_scratch(logits, shape, threads),
+        _turned(x, shape, threads), partial,
     )  # fmt: skip
     _run(_cross_entropy_share, arguments, units, threads)
     return _total(partial)
@@ -2122,11 +2291,12 @@ def cross_entropy_soft(
     soft, soft_storage = _flat(target)
     shape, units, threads = _plan(logits, grad, num_threads)
     relative, largest = _relative(weight, logits)
-    partial = np.empty(units)
+    partial = _partial(shape)
     arguments = (
         x, soft, relative, _or_absent(sample_weight), shape, storage, soft_storage,
         (label_smoothing, z_loss, scale, largest), *_outputs(logits, losses, grad),
-        *_scratch(logits, shape, threads), partial,
+        *_scratch(logits, shape, threads), _turned(x, shape, threads),
+        _turned(soft, shape, threads), partial,
     )  # fmt: skip
     _run(_cross_entropy_soft_share, arguments, units, threads)
     return _total(partial)
@@ -2157,8 +2327,14 @@ def nll_loss(
     return _total(partial)
 
 
+def _partial(shape):
+    """Room for the sums of the losses of rows that are summed together."""
+    rows, _, _, _, _, summed, _, _ = shape
+    return np.empty(-(-rows // summed))
+
+
 def _total(partial):
-    """The sum of the row losses from those of the units; small calls have one."""
+    """The sum of the row losses from such sums; small calls have one."""
     if partial.size == 1:
         return partial.item()
     # Out is written: a sum of losses that is infinite or NaN must not become an error now.
@@ -2223,36 +2399,49 @@ def _plan(array, out, num_threads):
     """The shape that shares take, the units, and how many threads they are for."""
     outer, num_classes, inner = array.shape
     rows = outer * inner
-    tiled = inner > 1 or num_classes <= SHORT_ROW
-    group = step = LANES
-    if not tiled:
-        group = min(max(GROUP // num_classes, 1), LANES)
-    elif inner > 1:
+    group = summed = step = LANES
+    if num_classes <= SHORT_ROW:
+        layout = TILES
         tiles = min(WIDE // (num_classes * LANES), rows // (LANES * FEWEST_UNITS), MOST_TILES)
-        if tiles > 1:
+        if inner > 1 and tiles > 1:
             group = LANES * tiles
             step = group + LINE // 4  # else classes fall on the same sets of the cache
+    else:
+        layout = ROWS
+        while summed > 1 and summed * num_classes > GROUP:
+            summed //= 2
+        group, step = summed, num_classes
+        if inner > 1:
+            layout = COLUMNS
+            group = min(max(TURNED // num_classes // TURN * TURN, TURN), LANES)
+            # An odd number of lines: else rows fall on the same sets.
+            step = -(-num_classes // (2 * TURN)) * 2 * TURN + TURN
     units = -(-rows // group)
     # In place, what is written is in the cache already.
     stream = out is not None and out.nbytes >= STREAM_BYTES and not np.may_share_memory(array, out)
-    shape = (rows, num_classes, inner, tiled, group, step, stream)
+    shape = (rows, num_classes, inner, layout, group, summed, step, stream)
     return shape, units, min(num_threads, units)
 
 
 def _scratch(array, shape, threads):
     """Scratch for each thread: taken here, so that want of memory is an error and no crash."""
-    _, num_classes, inner, tiled, group, step, stream = shape
-    carries = 0
-    if not tiled:
-        size = 2 * BLOCK + group * num_classes + CHUNK
-    else:
+    _, num_classes, inner, layout, _, summed, step, stream = shape
+    if layout == TILES:
         size = _tile_numbers.py_func(num_classes, step)
-        if stream and inner > 1 and array.itemsize != 2:
-            carries = num_classes
-            size += carries * (LINE // array.itemsize)
+    else:
+        size = 2 * BLOCK + summed * num_classes + CHUNK
+    carries = num_classes if stream and inner > 1 and array.itemsize != 2 else 0
+    size += carries * (LINE // array.itemsize)
     size += -size % 16  # threads do not share a cache line
     threads = max(threads, 1)
     return np.empty((threads, size), _compute_dtype(array)), np.empty((threads, FIELDS + carries))
+
+
+def _turned(flat, shape, threads):
+    """Room for a unit of columns as rows, for each thread; for other layouts an empty array."""
+    rows, _, _, layout, group, _, step, _ = shape
+    size = TURN * LANES + (min(group, rows) + 7) * step if layout == COLUMNS else 0
+    return np.empty((max(threads, 1), size), flat.dtype)
 
 
 def _run(share, arguments, units, threads):
