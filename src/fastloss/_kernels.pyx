@@ -72,6 +72,29 @@ cdef extern from *:
     static inline double fl_fma_d(double a, double b, double c) { return a * b + c; }
     #endif
 
+    /* c - a b without a subnormal a b on the way, which would be slow. */
+    #if defined(__FMA__) || defined(__FP_FAST_FMA)
+    static inline float fl_less_f(float a, float b, float c) { return __builtin_fmaf(-a, b, c); }
+    #else
+    static inline float fl_less_f(float a, float b, float c) { return c - (double)a * b; }
+    #endif
+    static inline double fl_less_d(double a, double b, double c) { return fl_fma_d(-a, b, c); }
+
+    /* What exp takes for 0, where products of such numbers are computed and would be slow. */
+    #if defined(__FMA__) || defined(__FP_FAST_FMA)
+    static inline float fl_no_dust_f(float x) { return x; }
+    static inline double fl_no_dust_d(double x) { return x; }
+    #else
+    static inline float fl_no_dust_f(float x) {  /* in integers, which are never slow */
+        int32_t b = fl_bits_f(x);
+        return fl_from_bits_f((b & 0x7fffffff) < 0x0da24260 ? 0 : b);  /* 1e-30 */
+    }
+    static inline double fl_no_dust_d(double x) {
+        int64_t b = fl_bits_d(x);  /* in 32-bit halves: older processors compare no more at a time */
+        return fl_from_bits_d((int32_t)((uint64_t)b >> 32 & 0x7fffffff) < 0x03d00000 ? 0 : b);
+    }
+    #endif
+
     /* Results do not depend on a flush of denormals, or a rounding mode, that somebody set. */
     #if defined(__SSE2__)
     #include <immintrin.h>
@@ -270,6 +293,10 @@ cdef extern from *:
     int64_t fl_bits_d(double) noexcept nogil
     double fl_from_bits_d(int64_t) noexcept nogil
     float fl_fma_f(float, float, float) noexcept nogil
+    float fl_less_f(float, float, float) noexcept nogil
+    double fl_less_d(double, double, double) noexcept nogil
+    float fl_no_dust_f(float) noexcept nogil
+    double fl_no_dust_d(double) noexcept nogil
     double fl_fma_d(double, double, double) noexcept nogil
     unsigned int fl_enter_ieee_mode() noexcept nogil
     void fl_leave_ieee_mode(unsigned int) noexcept nogil
@@ -292,6 +319,9 @@ cdef extern from *:
 ctypedef fused real:
     float
     double
+
+
+cdef double FAR_UNIT = 5.421010862427522e-20  # 2**-64: what is scaled by it can be summed up
 
 
 cdef enum:
@@ -371,7 +401,7 @@ cdef struct Rows:
     # On the way: the exponentials of the maximum and of the target.
     double top[LANES]
     double target_exp[LANES]
-    # Out: g_c = factor * exponential_c - spread * w_c, except at the class left out.
+    # Out: g_c = factor * 2**-SHIFT * exponential_c - spread * w_c, except at the class left out.
     double loss[LANES]
     double factor[LANES]
     double spread[LANES]
@@ -401,13 +431,18 @@ cdef enum Operation:
 # for all classes that are not negligible.
 
 cdef inline real power_of(real unused) noexcept nogil:
-    """What an exponential loses in narrow_factor: 2**-SHIFT."""
+    """What takes an exponential back to what it stands for: 2**-SHIFT."""
     return 2.3283064365386963e-10 if real is float else 5.421010862427522e-20
 
 
 cdef inline double tiny_of(real unused) noexcept nogil:
     """The smallest normal number."""
     return 1.1754943508222875e-38 if real is float else 2.2250738585072014e-308
+
+
+cdef inline double huge_of(real unused) noexcept nogil:
+    """A quarter of what overflows: sums and differences of two such numbers do not."""
+    return 8.507059173023462e37 if real is float else 4.49423283715579e307
 
 
 cdef inline real pivot_of(real maximum) noexcept nogil:
@@ -438,8 +473,8 @@ cdef inline real lowest_of(real magic) noexcept nogil:
 
 cdef inline real exponential(real x, real pivot, real magic, real lowest) noexcept nogil:
     """2**(SHIFT - N) * exp(x - pivot); 0 where that is negligible; NaN for NaN."""
-    cdef real d = x - pivot
-    cdef real n, r, p, shifted
+    cdef real d, n, r, p, shifted
+    d = (fl_no_dust_f(x) if real is float else fl_no_dust_d(x)) - pivot
     d = lowest if d < lowest else d
     if real is float:
         shifted = fl_fma_f(d, 1.44269504, magic)
@@ -778,17 +813,30 @@ cdef inline double sum_lanes(const real* g, Py_ssize_t n) noexcept nogil:
     return fold(lane)
 
 
-cdef inline double dot_lanes(const real* a, const real* b, Py_ssize_t n) noexcept nogil:
+cdef inline double half_dot_lanes(const real* a, const real* b, Py_ssize_t n) noexcept nogil:
+    """Half the dot product, which is finite where the whole may be just out of range."""
     cdef real lane[CHUNK]
+    cdef real half = 0.5
     cdef Py_ssize_t chunk, i, j, whole = n - n % CHUNK
     for j in range(CHUNK):
         lane[j] = 0
     for chunk in range(n // CHUNK):
         i = chunk * CHUNK
         for j in range(CHUNK):
-            lane[j] += a[i + j] * b[i + j]
+            lane[j] += a[i + j] * (half * b[i + j])
     for j in range(n - whole):
-        lane[j] += a[whole + j] * b[whole + j]
+        lane[j] += a[whole + j] * (half * b[whole + j])
+    return fold(lane)
+
+
+cdef inline double far_sum(const real* g, Py_ssize_t step, Py_ssize_t n) noexcept nogil:
+    """FAR_UNIT times the sum, in float64: what overflows elsewhere does not here."""
+    cdef double lane[CHUNK]
+    cdef Py_ssize_t j
+    for j in range(CHUNK):
+        lane[j] = 0.0
+    for j in range(n):
+        lane[j % CHUNK] += FAR_UNIT * g[j * step]
     return fold(lane)
 
 
@@ -890,6 +938,10 @@ cdef inline void add_exponentials(Rows* r, Py_ssize_t n, real unused) noexcept n
         r.target_exp[i] = exponential(<real>r.target_logit[i], pivot, magic, lowest_of(magic))
 
 
+cdef inline double power_of_job(const Job* job) noexcept nogil:
+    return power_of(<double>0.0) if job.storage == FLOAT64 else power_of(<float>0.0)
+
+
 cdef inline double larger(double a, double b) noexcept nogil:
     a = a if a >= 0.0 else -a
     b = b if b >= 0.0 else -b
@@ -909,6 +961,7 @@ cdef inline void cross_entropy_step(const Job* job, Rows* r, Py_ssize_t n) noexc
     cdef double uniform = job.smoothing / job.num_classes
     cdef double spread = uniform * job.weight_sum
     cdef double b, d, log_s, lse, z_slope, total, inverse, a, loss, weight, spread_y, left_out
+    cdef double power = power_of_job(job)
     cdef Py_ssize_t i
     for i in range(n):
         b = (1.0 - job.smoothing) * r.target_weight[i]
@@ -926,13 +979,14 @@ cdef inline void cross_entropy_step(const Job* job, Rows* r, Py_ssize_t n) noexc
         left_out = left_out_of(a, r.target_exp[i] * inverse, r.others[i] * inverse, b + spread_y,
                                spread + z_slope - spread_y)
         weight = r.row_weight[i] * job.scale
-        r.factor[i] = 0.0 if weight == 0.0 else weight * a * inverse
+        r.factor[i] = 0.0 if weight == 0.0 else weight * a * (inverse / power)
         r.spread[i] = weight * uniform
         r.left_out[i] = 0.0 if weight == 0.0 else weight * left_out
 
 
 cdef inline void cross_entropy_soft_step(const Job* job, Rows* r, Py_ssize_t n) noexcept nogil:
     cdef double log_s, lse, z_slope, total, mass, a, loss, weight, left_out
+    cdef double power = power_of_job(job)
     cdef Py_ssize_t i
     for i in range(n):
         mass = r.mass[i] + r.top_mass[i]
@@ -947,7 +1001,7 @@ cdef inline void cross_entropy_soft_step(const Job* job, Rows* r, Py_ssize_t n) 
         left_out = left_out_of(a, r.top[i] / total, r.others[i] / total, r.top_mass[i],
                                r.mass[i] + z_slope)
         weight = r.row_weight[i] * job.scale
-        r.factor[i] = 0.0 if weight == 0.0 else weight * a / total
+        r.factor[i] = 0.0 if weight == 0.0 else weight * a / (total * power)
         r.spread[i] = weight
         r.left_out[i] = 0.0 if weight == 0.0 else weight * left_out
 
@@ -1140,14 +1194,15 @@ cdef inline void scale_row(real* e, Py_ssize_t n, double factor) noexcept nogil:
 
 
 cdef inline real narrow_factor(real* e, Py_ssize_t n, double factor) noexcept nogil:
-    """The factor in the compute type, the power of two that it cannot hold moved to e."""
+    """The factor on e in the compute type; where it is too small for that, on 2**-SHIFT e."""
     cdef real power = power_of(e[0])
+    cdef double narrow = factor * power
     cdef Py_ssize_t j
-    if -tiny_of(power) < factor < tiny_of(power) and factor != 0.0:
-        factor /= power
+    if -tiny_of(power) < narrow < tiny_of(power) and factor != 0.0:
+        narrow = factor
         for j in range(n):
             e[j] *= power
-    return <real>factor
+    return <real>narrow
 
 
 cdef inline real shrink_for(double factor, real unused) noexcept nogil:
@@ -1218,7 +1273,8 @@ cdef void softmax_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept 
         r.others[i] = exp_row(job, row_of(job, job.logits, job.storage, first + i), -1,
                               <real>r.maximum[i], kept + i * job.row_step, scratch)
     for i in range(n):
-        scale_row(kept + i * job.row_step, job.num_classes, 1.0 / r.others[i])
+        scale_row(kept + i * job.row_step, job.num_classes,
+                  1.0 / (r.others[i] * power_of(scratch[0])))
     store_rows(job, first, n, kept)
 
 
@@ -1346,15 +1402,19 @@ cdef void soft_sums(
 cdef void backward_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
-    """softmax_backward: p (g - sum g p); log_softmax_backward: g - exp(l) sum g."""
+    """softmax_backward: p (g - sum g p); log_softmax_backward: g - exp(l) sum g.
+
+    The first is 2 p (g / 2 - sum g p / 2), whose difference cannot overflow.
+    """
     cdef real* kept = kept_rows(job, unit, scratch)
     cdef const char* forward
     cdef const char* upstream
     cdef const real* p
     cdef const real* g
     cdef real* result
-    cdef real f, shrink, pivot, magic, lowest, m
+    cdef real f, shrink, pivot, magic, lowest, m, half = 0.5
     cdef double total, unit_m
+    cdef bint far
     cdef Py_ssize_t i, b, c, j, width, first = unit * job.group, n = rows_in_unit(job, unit)
     for i in range(n):
         forward = row_of(job, job.logits, job.storage, first + i)
@@ -1366,14 +1426,22 @@ cdef void backward_rows(
             g = load_block(job.storage, upstream, c, width, scratch)
             if operation == SOFTMAX_BACKWARD:
                 p = load_block(job.storage, forward, c, width, scratch + BLOCK)
-                total += dot_lanes(g, p, width)
+                total += half_dot_lanes(g, p, width)
             else:
                 total += sum_lanes(g, width)
         f = <real>total
         m = pivot = magic = lowest = shrink = 0
+        far = False
         if operation == LOG_SOFTMAX_BACKWARD:
             m = reference_above(largest_of_row(job, forward, scratch))
             unit_m = unit_of(m)
+            far = is_far(total, m)
+            if far:
+                total = 0.0
+                for b in range(blocks_in(job.num_classes)):
+                    c = b * BLOCK
+                    width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+                    total += far_sum(load_block(job.storage, upstream, c, width, scratch), 1, width)
             shrink = shrink_for(total * unit_m, m)
             f = <real>(total / shrink * unit_m)
             pivot, magic = pivot_of(m), magic_of(m)
@@ -1386,10 +1454,12 @@ cdef void backward_rows(
             result = kept + i * job.row_step + c
             if operation == SOFTMAX_BACKWARD:
                 for j in range(width):
-                    result[j] = p[j] * (g[j] - f)
+                    result[j] = (p[j] + p[j]) * (half * g[j] - f)
+            elif far:
+                far_difference(g, p, result, 1, width, m, total)
             else:
                 for j in range(width):
-                    result[j] = g[j] - exponential(p[j], pivot, magic, lowest) * shrink * f
+                    result[j] = less(exponential(p[j], pivot, magic, lowest) * shrink, f, g[j])
     store_rows(job, first, n, kept)
 
 
@@ -1416,6 +1486,31 @@ cdef inline double unit_of(real m) noexcept nogil:
     cdef real magic = magic_of(m), pivot = pivot_of(m)
     cdef double e = 1.0 if m == 0 else exp_any(m)  # 0, mostly: reference_above
     return e / <double>exponential(m, pivot, magic, lowest_of(magic))
+
+
+cdef inline real less(real a, real b, real c) noexcept nogil:
+    if real is float:
+        return fl_less_f(a, b, c)
+    else:
+        return fl_less_d(a, b, c)
+
+
+cdef inline bint is_far(double total, real unused) noexcept nogil:
+    """Whether a sum of upstream gradients is out of range, or near enough to its end."""
+    return not -huge_of(unused) < total < huge_of(unused)
+
+
+cdef void far_difference(
+    const real* g, const real* log_p, real* result, Py_ssize_t step, Py_ssize_t n, real m,
+    double total,
+) noexcept nogil:
+    """g - exp(log_p) total / FAR_UNIT, by way of float64 numbers that do not overflow."""
+    cdef real pivot = pivot_of(m), magic = magic_of(m), lowest = lowest_of(magic)
+    cdef double unit = unit_of(m), p
+    cdef Py_ssize_t j
+    for j in range(n):
+        p = unit * exponential(log_p[j * step], pivot, magic, lowest)
+        result[j * step] = <real>((FAR_UNIT * g[j * step] - p * total) / FAR_UNIT)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1597,18 +1692,20 @@ cdef inline void exp_tile(
 
 
 cdef inline void narrow_factors(const Job* job, real* tile, const Rows* r, real* f) noexcept nogil:
-    """The factors in the compute type, the power of two that it cannot hold moved to the tile."""
+    """As narrow_factor, for every lane."""
     cdef real power = power_of(tile[0]), tiny = tiny_of(tile[0])
+    cdef double narrow[LANES]
     cdef bint small = False
     cdef Py_ssize_t step = job.step, c, j
     for j in range(LANES):
-        f[j] = <real>r.factor[j]
-        small |= (-tiny < r.factor[j]) & (r.factor[j] < tiny) & (r.factor[j] != 0)
+        narrow[j] = r.factor[j] * power
+        f[j] = <real>narrow[j]
+        small |= (-tiny < narrow[j]) & (narrow[j] < tiny) & (r.factor[j] != 0)
     if not small:
         return
     for j in range(LANES):
-        if -tiny < r.factor[j] < tiny:
-            f[j] = <real>(r.factor[j] / power)
+        if -tiny < narrow[j] < tiny:
+            f[j] = <real>r.factor[j]
             for c in range(job.num_classes):
                 tile[c * step + j] *= power
 
@@ -1791,9 +1888,7 @@ cdef inline void gaps_of_tile(
             r.mass[j] = job.largest_weight * total_mass[j]
 
 
-cdef void backward_tile(
-    const Job* job, Operation operation, real* p, const real* g
-) noexcept nogil:
+cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) noexcept nogil:
     cdef real maximum[LANES]
     cdef real pivot[LANES]
     cdef real magic[LANES]
@@ -1801,6 +1896,7 @@ cdef void backward_tile(
     cdef real f[LANES]
     cdef real shrink[LANES]
     cdef real lane[LANES]
+    cdef real half = 0.5
     cdef double total[LANES]
     cdef double unit_m
     cdef Py_ssize_t c, j, step = job.step
@@ -1810,7 +1906,7 @@ cdef void backward_tile(
     for c in range(job.num_classes):
         if operation == SOFTMAX_BACKWARD:
             for j in range(LANES):
-                lane[j] += g[c * step + j] * p[c * step + j]
+                lane[j] += g[c * step + j] * (half * p[c * step + j])
         else:
             for j in range(LANES):
                 lane[j] += g[c * step + j]
@@ -1826,6 +1922,10 @@ cdef void backward_tile(
         for j in range(LANES):
             maximum[j] = reference_above(maximum[j])
             unit_m = unit_of(maximum[j])
+            if is_far(total[j], lane[j]):  # the result takes the place of g, and 0 leaves it alone
+                far_difference(g + j, p + j, g + j, step, job.num_classes, maximum[j],
+                               far_sum(g + j, step, job.num_classes))
+                total[j] = 0.0
             shrink[j] = shrink_for(total[j] * unit_m, maximum[j])
             f[j] = <real>(total[j] / shrink[j] * unit_m)
             pivot[j] = pivot_of(maximum[j])
@@ -1834,11 +1934,13 @@ cdef void backward_tile(
     for c in range(job.num_classes):
         if operation == SOFTMAX_BACKWARD:
             for j in range(LANES):
-                p[c * step + j] *= g[c * step + j] - f[j]
+                p[c * step + j] = (p[c * step + j] + p[c * step + j]) * (
+                    half * g[c * step + j] - f[j])
         else:
             for j in range(LANES):
-                p[c * step + j] = g[c * step + j] - exponential(
-                    p[c * step + j], pivot[j], magic[j], lowest[j]) * shrink[j] * f[j]
+                p[c * step + j] = less(
+                    exponential(p[c * step + j], pivot[j], magic[j], lowest[j]) * shrink[j],
+                    f[j], g[c * step + j])
 
 
 cdef void tile_unit(

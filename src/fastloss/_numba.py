@@ -75,9 +75,11 @@ MAXIMUM, OTHERS, TARGET_LOGIT, TARGET_WEIGHT, ROW_WEIGHT, GAP, MASS, TOP_MASS, I
 )
 # On the way: the exponentials of the maximum and of the target.
 TOP, TARGET_EXP = range(9 * LANES, 11 * LANES, LANES)
-# Out: g_c = factor * exponential_c - spread * w_c, except at the class left out.
+# Out: g_c = factor * 2**-shift * exponential_c - spread * w_c, except at the class left out.
 LOSS, FACTOR, SPREAD, LEFT_OUT = range(11 * LANES, 15 * LANES, LANES)
 FIELDS = 15 * LANES
+
+FAR_UNIT = 2.0**-64  # what is scaled by it can be summed up
 
 # Whether float16 is converted by the processor. Code cached for other features is not used.
 _features = numba.config.CPU_FEATURES
@@ -405,8 +407,14 @@ def _tiny_of(numbers):
 
 
 @_inline
+def _huge_of(numbers):
+    """A quarter of what overflows: sums and differences of two such numbers do not."""
+    return 8.507059173023462e37 if numbers.itemsize == 4 else 4.49423283715579e307
+
+
+@_inline
 def _power_of(numbers):
-    """What an exponential loses in narrow_factor: 2**-shift."""
+    """What takes an exponential back to what it stands for: 2**-shift."""
     return numbers.dtype.type(2.0**-32 if numbers.itemsize == 4 else 2.0**-64)
 
 
@@ -861,11 +869,25 @@ def _sum(e):
 
 
 @_summing
-def _dot(a, b):
+def _half_dot(a, b):
+    """Half the dot product, which is finite where the whole may be just out of range."""
+    half = a.dtype.type(0.5)
     total = a.dtype.type(0)
     for i in range(a.size):
-        total += a[i] * b[i]
+        total += a[i] * (half * b[i])
     return np.float64(total)
+
+
+@_inline
+def _far_sum(g, step, n):
+    """FAR_UNIT times the sum, in float64: what overflows elsewhere does not here."""
+    total = 0.0
+    for start in range(0, n, CHUNK):
+        part = 0.0
+        for i in range(start, min(start + CHUNK, n)):
+            part += FAR_UNIT * g[i * step]
+        total += part
+    return total
 
 
 @_inline
@@ -933,12 +955,13 @@ def _scale(e, f):
 
 @_inline
 def _narrow_factor(e, factor):
-    """The factor in the compute type, the power of two that it cannot hold moved to e."""
+    """The factor on e in the compute type; where it is too small for that, on 2**-shift e."""
     real = e.dtype.type
-    if factor != 0.0 and abs(factor) < _tiny_of(e):
+    narrow = factor * np.float64(_power_of(e))
+    if factor != 0.0 and abs(narrow) < _tiny_of(e):
         _scale(e, _power_of(e))
-        factor /= _power_of(e)
-    return real(factor)
+        narrow = factor
+    return real(narrow)
 
 
 @_inline
@@ -987,7 +1010,8 @@ def _add_exponentials(r, n, like):
 
 
 @_inline
-def _cross_entropy_step(r, n, num_classes, smoothing, z_loss, scale, weight_sum):
+def _cross_entropy_step(r, n, num_classes, smoothing, z_loss, scale, weight_sum, like):
+    power = np.float64(_power_of(like))
     uniform = smoothing / num_classes
     spread = uniform * weight_sum
     for i in range(n):
@@ -1010,7 +1034,7 @@ def _cross_entropy_step(r, n, num_classes, smoothing, z_loss, scale, weight_sum)
             spread + z_slope - spread_y,
         )  # fmt: skip
         weight = row_weight * scale
-        r[FACTOR + i] = _times(weight, a * inverse)
+        r[FACTOR + i] = _times(weight, a * (inverse / power))
         r[SPREAD + i] = weight * uniform
         r[LEFT_OUT + i] = _times(weight, left_out)
 
@@ -1028,7 +1052,8 @@ def _larger(a, b):
 
 
 @_inline
-def _cross_entropy_soft_step(r, n, z_loss, scale):
+def _cross_entropy_soft_step(r, n, z_loss, scale, like):
+    power = np.float64(_power_of(like))
     for i in range(n):
         row_weight = r[ROW_WEIGHT + i]
         others = r[OTHERS + i]
@@ -1045,7 +1070,7 @@ def _cross_entropy_soft_step(r, n, z_loss, scale):
             a, r[TOP + i] * inverse, others * inverse, r[TOP_MASS + i], r[MASS + i] + z_slope
         )
         weight = row_weight * scale
-        r[FACTOR + i] = _times(weight, a * inverse)
+        r[FACTOR + i] = _times(weight, a * (inverse / power))
         r[SPREAD + i] = weight
         r[LEFT_OUT + i] = _times(weight, left_out)
 
@@ -1203,7 +1228,7 @@ def _softmax_rows(x, out, r, scratch, first, n, num_classes, step, storage, stre
         )  # fmt: skip
     for i in range(n):
         e = kept[i * num_classes : (i + 1) * num_classes]
-        _scale(e, _narrow_factor(e, 1.0 / r[OTHERS + i]))
+        _scale(e, _narrow_factor(e, 1.0 / (r[OTHERS + i] * np.float64(_power_of(e)))))
     _store_rows(out, first, kept, n, num_classes, step, storage, stream)
 
 
@@ -1491,16 +1516,17 @@ def _tile_exponentials(tile, num_classes, step, skip, keep, r, x, later, inner):
 
 @_inline
 def _tile_factors(tile, num_classes, step, f, r):
-    """The factors in the compute type, the power of two that it cannot hold moved to the tile."""
+    """As _narrow_factor, for every lane."""
+    power = np.float64(_power_of(tile))
     small = 0
     for j in range(LANES):
-        f[j] = r[FACTOR + j]
-        small += (abs(r[FACTOR + j]) < _tiny_of(tile)) & (r[FACTOR + j] != 0.0)
+        f[j] = r[FACTOR + j] * power
+        small += (abs(r[FACTOR + j] * power) < _tiny_of(tile)) & (r[FACTOR + j] != 0.0)
     if not small:
         return
     for j in range(LANES):
-        if abs(r[FACTOR + j]) < _tiny_of(tile):
-            f[j] = r[FACTOR + j] / _power_of(tile)
+        if abs(r[FACTOR + j] * power) < _tiny_of(tile):
+            f[j] = r[FACTOR + j]
             column = tile[j:]
             for c in range(num_classes):
                 column[c * step] *= _power_of(tile)
@@ -1892,7 +1918,7 @@ def _cross_entropy_share(
                     uniform, out.size > 0, storage, FLOATS,
                 )  # fmt: skip
             _cross_entropy_step(
-                r, LANES if tiled else n, num_classes, smoothing, z_loss, scale, weight_sum
+                r, LANES if tiled else n, num_classes, smoothing, z_loss, scale, weight_sum, own
             )
             partial[start // summed] = _deliver_losses(r, n, losses, start, own)
             if out.size and tiled:
@@ -1956,7 +1982,7 @@ def _cross_entropy_soft_share(
                     x_rows, r, own, row, n, num_classes, step, relative_weight, largest, soft_rows,
                     keep, uniform, out.size > 0, storage, soft_storage,
                 )  # fmt: skip
-            _cross_entropy_soft_step(r, LANES if tiled else n, z_loss, scale)
+            _cross_entropy_soft_step(r, LANES if tiled else n, z_loss, scale, own)
             partial[start // summed] = _deliver_losses(r, n, losses, start, own)
             if out.size and tiled:
                 _tile_scale(
@@ -1979,15 +2005,38 @@ def _cross_entropy_soft_share(
 
 
 @_inline
-def _softmax_vjp(g, p, total, result):
+def _softmax_vjp(g, p, half_total, result):
+    """2 p (g / 2 - sum g p / 2), whose difference cannot overflow."""
+    half = result.dtype.type(0.5)
     for i in range(result.size):
-        result[i] = p[i] * (g[i] - total)
+        result[i] = (p[i] + p[i]) * (half * g[i] - half_total)
 
 
 @_inline
 def _log_softmax_vjp(g, log_p, pivot, magic, lowest, shrink, total, result):
     for i in range(result.size):
-        result[i] = g[i] - _exponential(log_p[i], pivot, magic, lowest) * shrink * total
+        e = _exponential(log_p[i], pivot, magic, lowest)
+        result[i] = _less(e * shrink, total, g[i])
+
+
+@_fused
+def _less(a, b, c):
+    """c - a b without a subnormal a b on the way, which would be slow."""
+    return c - a * b
+
+
+@_inline
+def _is_far(total, numbers):
+    """Whether a sum of upstream gradients is out of range, or near enough to its end."""
+    return not abs(total) < _huge_of(numbers)
+
+
+@_inline
+def _far_difference(g, log_p, result, step, n, pivot, magic, lowest, unit, total):
+    """g - exp(log_p) total / FAR_UNIT, by way of float64 numbers that do not overflow."""
+    for i in range(n):
+        p = unit * np.float64(_exponential(log_p[i * step], pivot, magic, lowest))
+        result[i * step] = (FAR_UNIT * np.float64(g[i * step]) - p * total) / FAR_UNIT
 
 
 @_inline
@@ -2016,7 +2065,13 @@ def _backward_rows(g, p, out, r, scratch, first, n, num_classes, step, storage, 
             if log_probs:
                 total += _sum(upstream)
             else:
-                total += _dot(upstream, _load(p, start + c, width, line, storage))
+                total += _half_dot(upstream, _load(p, start + c, width, line, storage))
+        far = log_probs and _is_far(total, scratch)
+        if far:
+            total = 0.0
+            for c in range(0, num_classes, BLOCK):
+                width = min(BLOCK, num_classes - c)
+                total += _far_sum(_load(g, start + c, width, buffer, storage), 1, width)
         pivot, magic, lowest, unit = _reference(real(r[MAXIMUM + i] if log_probs else 0.0))
         shrink = _shrink_for(total * unit, scratch) if log_probs else real(1)
         f = real(total / shrink * unit) if log_probs else real(total)
@@ -2025,7 +2080,11 @@ def _backward_rows(g, p, out, r, scratch, first, n, num_classes, step, storage, 
             upstream = _load(g, start + c, width, buffer, storage)
             forward = _load(p, start + c, width, line, storage)
             result = kept[i * num_classes + c : i * num_classes + c + width]
-            if log_probs:
+            if far:
+                _far_difference(
+                    upstream, forward, result, 1, width, pivot, magic, lowest, unit, total
+                )
+            elif log_probs:
                 _log_softmax_vjp(upstream, forward, pivot, magic, lowest, shrink, f, result)
             else:
                 _softmax_vjp(upstream, forward, f, result)
@@ -2037,6 +2096,7 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
     pivot, magic, lowest = _lanes(tile), _lanes(tile), _lanes(tile)
     lane, f, shrink = _lanes(tile), _lanes(tile), _lanes(tile)
     real = tile.dtype.type
+    half = real(0.5)
     for j in range(LANES):
         lane[j] = 0
         r[OTHERS + j] = 0.0
@@ -2044,7 +2104,7 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
         forward = tile[c * step : c * step + LANES]
         upstream = upstreams[c * step : c * step + LANES]
         for j in range(LANES):
-            lane[j] += upstream[j] if log_probs else upstream[j] * forward[j]
+            lane[j] += upstream[j] if log_probs else upstream[j] * (half * forward[j])
         if c % RUN == RUN - 1 or c == num_classes - 1:
             for j in range(LANES):
                 r[OTHERS + j] += np.float64(lane[j])
@@ -2054,6 +2114,13 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
     for j in range(LANES):
         pivot[j], magic[j], lowest[j], unit = _reference(real(r[MAXIMUM + j] if log_probs else 0.0))
         total = r[OTHERS + j]
+        if log_probs and _is_far(total, tile):
+            g = upstreams[j:]  # the result takes its place, and a total of 0 leaves it alone
+            _far_difference(
+                g, tile[j:], g, step, num_classes, pivot[j], magic[j], lowest[j], unit,
+                _far_sum(g, step, num_classes),
+            )  # fmt: skip
+            total = 0.0
         shrink[j] = _shrink_for(total * unit, tile) if log_probs else real(1)
         f[j] = total / shrink[j] * unit if log_probs else total
     for c in range(num_classes):
@@ -2062,10 +2129,10 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
         if log_probs:
             for j in range(LANES):
                 e = _exponential(forward[j], pivot[j], magic[j], lowest[j])
-                forward[j] = upstream[j] - e * shrink[j] * f[j]
+                forward[j] = _less(e * shrink[j], f[j], upstream[j])
         else:
             for j in range(LANES):
-                forward[j] = forward[j] * (upstream[j] - f[j])
+                forward[j] = (forward[j] + forward[j]) * (half * upstream[j] - f[j])
 
 
 @_entry

@@ -55,13 +55,15 @@ def logsumexp(logits, out, num_threads):
 def softmax_backward(grad_output, probs, out, num_threads):
     g, p = _float64(grad_output), _float64(probs)
     with np.errstate(all="ignore"):
-        _round_to(out, p * (g - _sum(g * p)))
+        # Half of the difference, and twice p: that cannot overflow.
+        _round_to(out, 2 * p * (g / 2 - _sum(g * (p / 2))))
 
 
 def log_softmax_backward(grad_output, log_probs, out, num_threads):
     g, log_p = _float64(grad_output), _float64(log_probs)
     with np.errstate(all="ignore"):
-        _round_to(out, g - np.exp(log_p) * _sum(g))
+        total = g.sum(axis=1, keepdims=True, dtype=np.longdouble)  # which float64 may not hold
+        _round_to(out, (g - np.exp(log_p) * total).astype(np.float64))
 
 
 def check_target(target, weight, sample_weight, num_classes, ignore_index, num_threads):

@@ -1,0 +1,99 @@
+"""Numbers near the ends of their range: what overflows or is rounded away on the way must not be.
+
+An upstream gradient or a weight scales every entry of a result. As long as the result can be
+represented, it has its digits, however large the sum of the upstream gradients is and however
+small the weights are.
+"""
+
+import numpy as np
+import oracles
+import pytest
+from cases import FLOATS, Layout, assert_close, ulp
+
+import fastloss as fl
+
+LAYOUTS = [Layout(6, 5), Layout(6, 700), Layout(2, 5, 3), Layout(2, 700, 3)]
+LONG = np.longdouble
+UPSTREAM = {
+    "positive": lambda rng, shape: rng.uniform(0.5, 1, shape),
+    "of both signs": lambda rng, shape: rng.uniform(-1, 1, shape),
+    "equal": lambda rng, shape: np.ones(shape),
+}
+
+
+@pytest.mark.parametrize("kind", UPSTREAM)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_upstream_gradients_as_large_as_can_be(dtype, layout, kind, backend):
+    """Their sum overflows, and the result does not, or only where it must."""
+    rng = np.random.default_rng(0)
+    shape = (layout.n, layout.num_classes)
+    largest = np.finfo(dtype).max
+    log_probs = fl.log_softmax(rng.normal(size=shape).astype(dtype) * 3, backend="numpy")
+    shares = UPSTREAM[kind](rng, shape)
+    for name, forward in ("log_softmax", log_probs), ("softmax", np.exp(log_probs)):
+        for size in (largest, largest / 4):
+            g = (shares * LONG(size)).astype(dtype)
+            (right,) = getattr(oracles, f"{name}_backward")(g, forward)
+            backward = getattr(fl, f"{name}_backward")
+            arrays = [layout.arrange(array) for array in (g, forward)]
+            result = backward(*arrays, axis=layout.axis, backend=backend)
+            result = layout.rows(result, "logits")
+            too_large = np.abs(right.value) > largest
+            assert (result[too_large] == np.sign(right.value[too_large]) * np.inf).all()
+            right = oracles.Bounded(
+                np.where(too_large, 0, right.value), np.where(too_large, 0, right.allowance)
+            )
+            assert_close(np.where(too_large, dtype.type(0), result), right, dtype)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, Layout(3, 2000)], ids=str)
+def test_a_row_of_large_upstream_gradients_leaves_the_others_alone(layout, backend):
+    rng = np.random.default_rng(1)
+    shape = (layout.n, layout.num_classes)
+    log_probs = fl.log_softmax(rng.normal(size=shape))
+    g = rng.normal(size=shape)
+    before, after = (
+        layout.rows(
+            fl.log_softmax_backward(
+                *map(layout.arrange, (upstream, log_probs)), axis=layout.axis, backend=backend
+            ),
+            "logits",
+        )
+        for upstream in (g, np.where(np.arange(layout.n)[:, None] == 1, 1e308, g))
+    )
+    others = np.arange(layout.n) != 1
+    assert before[others].tobytes() == after[others].tobytes()
+    assert not np.isnan(after[1]).any()
+
+
+@pytest.mark.parametrize("target", ["indices", "probabilities"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_tiny_weights_lose_no_digits(dtype, layout, smoothing, target, backend):
+    """A gradient is the ordinary one, times the weight: rounded once more at the most."""
+    rng = np.random.default_rng(2)
+    n, c = layout.n, layout.num_classes
+    x = rng.normal(size=(n, c)).astype(dtype) * 3
+    y = rng.integers(0, c, n)
+    if target == "probabilities":
+        y = fl.softmax(x[::-1].copy())
+    info = np.finfo(dtype)
+
+    def gradient(**weights):
+        _, grad = fl.cross_entropy_with_grad(
+            layout.arrange(x), layout.arrange(y), axis=layout.axis, label_smoothing=smoothing,
+            reduction="sum", backend=backend, **weights,
+        )  # fmt: skip
+        return layout.rows(grad, "logits")
+
+    ordinary = gradient()
+    for power in (-40, int(np.log2(info.smallest_normal)) + 4):
+        tiny = 2.0**power
+        expected = ordinary.astype(LONG) * LONG(tiny)
+        for weights in (
+            {"sample_weight": layout.arrange(np.full(n, tiny))}, {"weight": np.full(c, tiny)}
+        ):  # fmt: skip
+            error = np.abs(gradient(**weights).astype(LONG) - expected)
+            assert (error <= ulp(expected, dtype) + ulp(ordinary.max() * tiny, dtype) / 2).all()
