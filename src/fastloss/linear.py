@@ -363,8 +363,8 @@ def _kept(
     if ignored is not None:
         used = target[:, 0] != ignored
         counts &= used
-        # With smoothing every class has its share in a row, and so it has in the z-loss.
-        if class_weight is not None and not any(options):
+        smoothing, z_loss = options  # by which a row counts whatever its target's weight
+        if class_weight is not None and smoothing * class_weight.sum() == z_loss == 0:
             counts &= class_weight[np.where(used, target[:, 0], 0).astype(np.intp)] != 0
     return None if counts.all() else np.flatnonzero(counts)
 
