@@ -1,0 +1,613 @@
+"""The linear head: against oracles, by chunks, over options, layouts and errors."""
+
+import functools
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+from conftest import need
+
+import fastloss as fl
+from fastloss import linear
+
+IGNORED = -7
+DTYPES = [np.float32, np.float64]
+# Rows, classes, features: many chunks, one of everything, nothing.
+SHAPES = [(300, 37, 11), (64, 700, 20), (5, 1, 3), (7, 4, 1), (1, 10, 5), (1, 1, 1), (0, 3, 2)]
+LIMIT = {np.float32: 1e-5, np.float64: 1e-13}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Little work is cut up like much: here into blocks of 8 rows or so, on two threads."""
+    monkeypatch.setattr(linear, "_BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(linear, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(linear, "_PRODUCT_ELEMENTS", 100)
+    monkeypatch.setattr(linear, "_threads_for", lambda num_threads, *_: num_threads or 2)
+
+
+class Problem:
+    """A linear layer, targets, and options by name."""
+
+    def __init__(self, shape, dtype, options=(), seed=0):
+        rng = np.random.default_rng(seed)
+        n, c, d = shape
+        self.inputs = rng.normal(size=(n, d)).astype(dtype)
+        self.linear_weight = (2 * rng.normal(size=(c, d)) / np.sqrt(d)).astype(dtype)
+        self.target = rng.integers(0, c, n)
+        known = {
+            "linear_bias": rng.normal(size=c).astype(dtype),
+            "weight": np.where(np.arange(c) == 1, 0.0, rng.random(c) + 0.5),
+            "sample_weight": np.where(rng.random(n) < 0.2, 0.0, rng.random(n) * 3),
+            "ignore_index": IGNORED,
+            "label_smoothing": 0.1,
+            "z_loss": 0.01,
+            "l2": 0.03,
+            "normalizer": 17.0,
+            "sum": "sum",
+            "none": "none",
+        }
+        self.options = {}
+        for name in options:
+            key = "reduction" if name in ("sum", "none") else name
+            self.options[key] = known.get(name)
+        if "probabilities" in self.options:
+            del self.options["probabilities"]
+            t = rng.gamma(0.5, size=(n, c)) + 1e-30
+            self.target = (t / t.sum(axis=1, keepdims=True)).astype(dtype)
+        if "ignore_index" in self.options:
+            self.target[rng.random(n) < 0.3] = IGNORED
+
+    @property
+    def arguments(self):
+        return self.inputs, self.linear_weight, self.target
+
+    def loss(self, **more):
+        return fl.linear_cross_entropy(*self.arguments, **self.options, **more)
+
+    def loss_and_gradients(self, **more):
+        return fl.linear_cross_entropy_with_grad(*self.arguments, **self.options, **more)
+
+    def exact(self):
+        """Loss and gradients in longdouble: of the weight, the bias and the inputs."""
+        options = dict(self.options)
+        bias, l2 = options.pop("linear_bias", None), options.pop("l2", 0.0)
+        x, w = (a.astype(np.longdouble) for a in self.arguments[:2])
+        scores = x @ w.T + (0 if bias is None else bias)
+        loss, g = oracles.cross_entropy_with_grad(scores, self.target, **options)
+        g = g.value
+        weight_grad = g.T @ x + 2 * np.longdouble(l2) * w
+        return loss.value + l2 * (w**2).sum(), (weight_grad, g.sum(axis=0), g @ w)
+
+
+@functools.cache
+def exact(shape, dtype, options):
+    return Problem(shape, dtype, options).exact()
+
+
+def close(result, right, limit, scale=1.0):
+    """Relative to the largest entry, or to `scale` where all is small."""
+    right = np.asarray(right, np.longdouble)
+    assert np.shape(result) == right.shape
+    assert np.array_equal(np.isnan(result), np.isnan(right))
+    error = np.abs(np.where(np.isnan(right), 0, result - right)).max(initial=0)
+    assert error <= limit * max(np.abs(np.nan_to_num(right)).max(initial=0), scale)
+
+
+OPTIONS = [
+    (),
+    ("linear_bias",),
+    ("l2",),
+    ("sum",),
+    ("none",),
+    ("normalizer",),
+    ("ignore_index",),
+    ("weight",),
+    ("sample_weight",),
+    ("label_smoothing",),
+    ("z_loss",),
+    ("probabilities",),
+    ("linear_bias", "l2", "sum", "ignore_index", "weight", "sample_weight"),
+    ("linear_bias", "l2", "weight", "sample_weight", "label_smoothing", "z_loss", "ignore_index"),
+    ("linear_bias", "none", "weight", "sample_weight", "probabilities", "label_smoothing"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids="+".join)
+@pytest.mark.usefixtures("small_chunks")
+def test_against_longdouble(options, backend):
+    for shape, dtype in itertools.product(SHAPES, DTYPES):
+        problem = Problem(shape, dtype, options)
+        right_loss, right = exact(shape, dtype, options)
+        loss, gradients = problem.loss_and_gradients(inputs_grad=True, backend=backend)
+        assert isinstance(loss, np.ndarray if "none" in options else float)
+        close(loss, right_loss, LIMIT[dtype])
+        close(problem.loss(backend=backend), right_loss, LIMIT[dtype])
+        for result, array, name in zip(gradients, right, gradients._fields, strict=True):
+            if name == "linear_bias" and "linear_bias" not in options:
+                assert result is None
+            else:
+                assert result.dtype == dtype
+                close(result, array, LIMIT[dtype], scale=1 / max(shape[0], 1))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids="+".join)
+@pytest.mark.usefixtures("small_chunks")
+def test_against_finite_differences(options, backend):
+    problem = Problem((13, 4, 3), np.float64, {*options, "linear_bias"})
+    _, gradients = problem.loss_and_gradients(inputs_grad=True, backend=backend)
+    arrays = problem.linear_weight, problem.options["linear_bias"], problem.inputs
+    for array, gradient in zip(arrays, gradients, strict=True):
+        for place in np.ndindex(array.shape):
+            before, h = array[place], 1e-6
+            array[place] = before + h
+            above = np.sum(problem.loss(backend=backend))
+            array[place] = before - h
+            below = np.sum(problem.loss(backend=backend))
+            array[place] = before
+            assert gradient[place] == pytest.approx((above - below) / (2 * h), abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_change_no_bit_of_a_loss(dtype, backend):
+    # Small matrices, vectors, and classes that no vector width divides: BLAS has code for each.
+    shapes = [
+        *itertools.product((1, 5, 700), (1, 2, 10, 17), (1, 2, 65)),
+        (70_000, 17, 65), (400_000, 3, 2), (600_000, 1, 2), (1500, 1001, 65),
+    ]  # fmt: skip
+    for n, c, d in shapes:
+        if backend == "numpy" and n > 2000:
+            continue
+        problem = Problem((n, c, d), dtype, ("linear_bias", "ignore_index", "z_loss"))
+        rows = problem.loss(reduction="none", backend=backend)
+        total = problem.loss(backend=backend)
+        for chunk_rows, threads in zip((1, 7, 64, 1000, n), (1, 2, 1, 2, 1), strict=True):
+            more = {"chunk_rows": chunk_rows, "backend": backend, "num_threads": threads}
+            np.testing.assert_array_equal(problem.loss(reduction="none", **more), rows)
+            np.testing.assert_equal(problem.loss(**more), total)
+
+
+@pytest.mark.parametrize("options", [(), ("ignore_index",), ("probabilities",)], ids="+".join)
+def test_gradients_over_many_rows(options, backend):
+    """Sums of many float32 numbers, over chunks of any size."""
+    shape = (8000, 20, 6)
+    problem = Problem(shape, np.float32, ("linear_bias", *options))
+    _, right = exact(shape, np.float32, ("linear_bias", *options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "_BLOCK_BYTES", 1 << 10)
+        patch.setattr(linear, "_LEAST_ROWS", 8)
+        for chunk_rows in (1, 400, 8000):
+            _, gradients = problem.loss_and_gradients(
+                inputs_grad=True, chunk_rows=chunk_rows, backend=backend
+            )
+            for result, array in zip(gradients, right, strict=True):
+                close(result, array, 1e-5, scale=0.0)
+
+
+def test_accumulation_is_one_large_batch(backend):
+    problem = Problem((600, 20, 7), np.float32, ("linear_bias", "ignore_index", "sample_weight"))
+    used = problem.target != IGNORED
+    normalizer = float(problem.options["sample_weight"][used].sum())
+    loss, whole = problem.loss_and_gradients(inputs_grad=True, l2=0.1, backend=backend)
+
+    weights = problem.options.pop("sample_weight")
+    out = fl.LinearGradients(*(np.full_like(a, 9) for a in whole[:2]), None)
+    parts, input_parts = 0.0, []
+    for first in range(0, 600, 150):
+        part = slice(first, first + 150)
+        inputs = np.zeros((150, 7), np.float32)
+        part_loss, gradients = fl.linear_cross_entropy_with_grad(
+            problem.inputs[part], problem.linear_weight, problem.target[part],
+            sample_weight=weights[part], **problem.options, normalizer=normalizer,
+            l2=0.1 * (first == 0), inputs_grad=True, out=out._replace(inputs=inputs),
+            accumulate=first > 0, backend=backend,
+        )  # fmt: skip
+        assert gradients.linear_weight is out.linear_weight
+        assert gradients.linear_bias is out.linear_bias
+        parts += part_loss
+        input_parts.append(inputs)
+    assert parts == pytest.approx(loss, rel=1e-6)
+    for result, right in zip((*out[:2], np.concatenate(input_parts)), whole, strict=True):
+        close(result, right, 1e-6, scale=0.0)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_accumulate_adds_to_everything(backend):
+    problem = Problem((50, 6, 4), np.float64, ("linear_bias", "ignore_index"))
+    _, once = problem.loss_and_gradients(inputs_grad=True, backend=backend)
+    out = fl.LinearGradients(*(a.copy() for a in once))
+    _, twice = problem.loss_and_gradients(
+        inputs_grad=True, out=out, accumulate=True, backend=backend
+    )
+    for result, array, right in zip(twice, out, once, strict=True):
+        assert result is array
+        np.testing.assert_allclose(result, 2 * right, rtol=1e-14)
+    _, fresh = problem.loss_and_gradients(
+        out=fl.LinearGradients(None), accumulate=True, backend=backend
+    )
+    np.testing.assert_array_equal(fresh.linear_weight, once.linear_weight)
+
+
+def test_leading_dimensions(backend):
+    problem = Problem((24, 5, 3), np.float32, ("linear_bias", "sample_weight", "none"))
+    loss, gradients = problem.loss_and_gradients(inputs_grad=True, backend=backend)
+    for lead in [(2, 3, 4), (24, 1), (4, 6)]:
+        options = problem.options | {
+            "sample_weight": problem.options["sample_weight"].reshape(lead)
+        }
+        again, grads = fl.linear_cross_entropy_with_grad(
+            problem.inputs.reshape(*lead, 3), problem.linear_weight, problem.target.reshape(lead),
+            **options, inputs_grad=True, backend=backend,
+        )  # fmt: skip
+        np.testing.assert_array_equal(again, loss.reshape(lead))
+        np.testing.assert_array_equal(grads.linear_weight, gradients.linear_weight)
+        np.testing.assert_array_equal(grads.inputs, gradients.inputs.reshape(*lead, 3))
+    one = fl.linear_cross_entropy(problem.inputs[0], problem.linear_weight, problem.target[0])
+    assert isinstance(one, float)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(dtype, backend):
+    """Whatever the strides, the byte order or the alignment."""
+    problem = Problem((200, 9, 6), dtype, ("linear_bias", "ignore_index", "sample_weight"))
+    right_loss, right = problem.loss_and_gradients(inputs_grad=True, backend=backend)
+
+    def strided(a):
+        large = np.full([2 * n + 1 for n in a.shape], 99).astype(a.dtype)
+        view = large[tuple(slice(1, None, 2) for _ in a.shape)]
+        view[...] = a
+        return view
+
+    def misaligned(a):
+        memory = np.zeros(a.nbytes + 1, np.uint8)[1:]
+        view = memory.view(a.dtype).reshape(a.shape)
+        view[...] = a
+        return view
+
+    arrange = [
+        np.asfortranarray, strided, misaligned, lambda a: a.astype(a.dtype.newbyteorder()),
+        lambda a: np.flip(np.flip(a).copy()),
+    ]  # fmt: skip
+    for change in arrange:
+        options = {
+            key: change(value) if isinstance(value, np.ndarray) else value
+            for key, value in problem.options.items()
+        }
+        outs = [strided(np.zeros_like(a)) for a in right], [np.zeros_like(a) for a in right]
+        for out in (None, *(fl.LinearGradients(*o) for o in outs)):
+            loss, gradients = fl.linear_cross_entropy_with_grad(
+                *map(change, problem.arguments), **options, inputs_grad=True, out=out,
+                backend=backend,
+            )  # fmt: skip
+            assert loss == pytest.approx(right_loss, rel=LIMIT[dtype])
+            for result, array in zip(gradients, right, strict=True):
+                close(result, array, LIMIT[dtype])
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_rows_that_count_for_nothing_may_hold_anything(backend):
+    problem = Problem((200, 9, 6), np.float32, ("linear_bias", "ignore_index", "sample_weight"))
+    problem.options["weight"] = np.where(np.arange(9) == 3, 0.0, 1.0)
+    idle = (problem.target == IGNORED) | (problem.options["sample_weight"] == 0)
+    idle |= problem.target == 3
+    right_loss, right = problem.loss_and_gradients(inputs_grad=True, backend=backend)
+    problem.inputs[idle] = np.array([np.nan, np.inf, -np.inf, 1, 2, 3])
+    loss, gradients = problem.loss_and_gradients(inputs_grad=True, backend=backend)
+    assert loss == right_loss
+    for result, array in zip(gradients, right, strict=True):
+        np.testing.assert_array_equal(result, array)
+    assert not gradients.inputs[idle].any()
+    assert not np.signbit(gradients.inputs[idle]).any()
+    losses = problem.loss(reduction="none", backend=backend)
+    assert not losses[idle].any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_of_zero(smoothing, backend):
+    """With smoothing a row counts for its other classes, unless these have no weight either."""
+    x, w = np.float64([[1, 2], [np.nan, 1]]), np.float64([[1, 0], [0, 1], [1, 1]])
+    options = {"reduction": "sum", "label_smoothing": smoothing, "backend": backend}
+    call = functools.partial(fl.linear_cross_entropy_with_grad, x, w, [0, 1], **options)
+    loss, gradients = call(weight=np.zeros(3))
+    assert loss == 0.0
+    assert not gradients.linear_weight.any()
+    loss, gradients = call(weight=[1.0, 0.0, 1.0])
+    assert np.isnan(loss) == np.isnan(gradients.linear_weight).any() == bool(smoothing)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint64", "int16", ">i4"])
+def test_targets_of_every_width(dtype, backend):
+    x, w = np.float64([[1, 2], [3, 1], [1, 1]]), np.float64([[1, 0], [0, 1], [1, 1]])
+    right = fl.linear_cross_entropy(x, w, [0, 2, -100], reduction="none", backend=backend)
+    ignored = 100 if dtype.startswith("u") else -100
+    target = np.array([0, 2, ignored]).astype(dtype)
+    loss = fl.linear_cross_entropy(
+        x, w, target, ignore_index=ignored, reduction="none", backend=backend
+    )
+    np.testing.assert_array_equal(loss, right)
+    largest = np.array([0, 2, (1 << 64) - 1], np.uint64)
+    with pytest.raises(IndexError, match=r"target\[2\] = 18446744073709551615 is out of range"):
+        fl.linear_cross_entropy(x, w, largest, ignore_index=(1 << 63) - 1, backend=backend)
+
+
+def test_arrays_with_gaps_and_arguments_are_added_to_and_written(backend):
+    """Where kernels cannot write: in between, and over what is still to be read."""
+    problem = Problem((50, 6, 4), np.float64, ("linear_bias", "ignore_index", "l2"))
+    _, right = problem.loss_and_gradients(inputs_grad=True, backend=backend)
+    gaps = fl.LinearGradients(*(np.ones([2 * n for n in a.shape]) for a in right))
+    out = fl.LinearGradients(*(a[tuple(slice(None, None, 2) for _ in a.shape)] for a in gaps))
+    problem.loss_and_gradients(inputs_grad=True, out=out, accumulate=True, backend=backend)
+    for memory, array, gradient in zip(gaps, out, right, strict=True):
+        np.testing.assert_allclose(array, 1 + gradient, rtol=1e-13)
+        array[...] = 1
+        assert (memory == 1).all()
+
+    own = fl.LinearGradients(problem.linear_weight, problem.options["linear_bias"], problem.inputs)
+    problem.loss_and_gradients(inputs_grad=True, out=own, backend=backend)
+    for array, gradient in zip(own, right, strict=True):
+        np.testing.assert_array_equal(array, gradient)
+
+
+def test_no_row_counts(backend):
+    x, w, y = np.full((4, 2), np.nan), np.ones((3, 2)), np.full(4, -100)
+    loss, gradients = fl.linear_cross_entropy_with_grad(
+        x, w, y, l2=0.5, inputs_grad=True, backend=backend
+    )
+    assert np.isnan(loss)
+    np.testing.assert_array_equal(gradients.linear_weight, w)
+    np.testing.assert_array_equal(gradients.inputs, 0 * w[:1, :].repeat(4, axis=0))
+    for options in ({"reduction": "sum"}, {"normalizer": 3.0}):
+        loss, gradients = fl.linear_cross_entropy_with_grad(x, w, y, backend=backend, **options)
+        assert loss == 0.0
+        assert not gradients.linear_weight.any()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_nan_row_poisons_what_it_must(backend):
+    problem = Problem((50, 4, 3), np.float64, ("none",))
+    problem.inputs[7] = np.nan
+    loss, gradients = problem.loss_and_gradients(inputs_grad=True, backend=backend)
+    assert np.flatnonzero(np.isnan(loss)).tolist() == [7]
+    assert np.isnan(gradients.linear_weight).all()
+    assert np.flatnonzero(np.isnan(gradients.inputs).any(axis=1)).tolist() == [7]
+
+
+def test_confident_rows(backend):
+    loss = fl.linear_cross_entropy(
+        np.float32([[20.0]]), np.float32([[1], [0], [0]]), [0], backend=backend
+    )
+    assert f"{loss:.6e}" == "4.122307e-09"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_l2_penalty(dtype):
+    w = np.random.default_rng(0).normal(size=(3000, 300)).astype(dtype)
+    right = float(0.25 * (w.astype(np.longdouble) ** 2).sum())
+    assert fl.l2_penalty(w, 0.25) == pytest.approx(right, rel=1e-14)
+    assert fl.l2_penalty(w.T, 0.25) == pytest.approx(right, rel=1e-14)
+    assert fl.l2_penalty(w, 0.0) == 0.0
+    assert fl.l2_penalty(w[:0], 1.0) == 0.0
+    assert fl.l2_penalty(np.full((1, 1), 1e30, np.float32), 1.0) == pytest.approx(1e60)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("form", ["csr_array", "csc_array", "coo_array", "csr_matrix"])
+def test_sparse_inputs(form, backend):
+    make = getattr(need("scipy.sparse"), form)
+    for dtype, options in itertools.product(DTYPES, [(), ("ignore_index",), ("probabilities",)]):
+        problem = Problem((400, 30, 60), dtype, ("linear_bias", "l2", *options))
+        problem.inputs[np.random.default_rng(1).random((400, 60)) < 0.9] = 0
+        right_loss, right = problem.exact()
+        problem.inputs = make(problem.inputs)
+        for chunk_rows in (None, 7):
+            loss, gradients = problem.loss_and_gradients(backend=backend, chunk_rows=chunk_rows)
+            close(loss, right_loss, LIMIT[dtype])
+            close(gradients.linear_weight, right[0], LIMIT[dtype], scale=0.0)
+            close(gradients.linear_bias, right[1], LIMIT[dtype], scale=0.0)
+            assert gradients.inputs is None
+
+
+X, W, Y = np.ones((4, 3), np.float32), np.ones((5, 3), np.float32), np.array([0, 1, 2, 4])
+OUT = fl.LinearGradients(np.ones_like(W))
+ERRORS = [
+    ({"inputs": np.float32(1)}, ValueError, "inputs is a scalar; it needs an axis of features"),
+    ({"inputs": X.astype(np.float16)}, TypeError, "inputs has dtype float16; expected float32 or"),
+    ({"inputs": X.astype(int)}, TypeError, "inputs has dtype int64; expected one of"),
+    ({"inputs": X[:, :2]}, ValueError, r"linear_weight has shape \(5, 3\), expected \(C, 2\)"),
+    ({"linear_weight": W[0]}, ValueError, r"linear_weight has shape \(3,\), expected \(C, D\)"),
+    ({"linear_weight": W[:0]}, ValueError, r"linear_weight of shape \(0, 3\) has no classes"),
+    ({"linear_weight": W.astype(float)}, TypeError, "linear_weight has dtype float64, expected fl"),
+    ({"linear_bias": W[0]}, ValueError, r"linear_bias has shape \(3,\), expected \(5,\)"),
+    ({"linear_bias": np.ones(5)}, TypeError, "linear_bias has dtype float64, expected float32"),
+    ({"target": Y[:3]}, ValueError, r"target has shape \(3,\), expected \(4,\)"),
+    ({"target": Y + 1}, IndexError, r"target\[3\] = 5 is out of range for 5 classes"),
+    ({"target": Y - 1}, IndexError, r"target\[0\] = -1 is out of range for 5 classes"),
+    ({"target": X}, ValueError, r"target has shape \(4, 3\), expected \(4, 5\)"),
+    ({"weight": Y}, ValueError, r"weight has shape \(4,\), expected \(5,\)"),
+    ({"sample_weight": -Y}, ValueError, r"sample_weight\[1\] = -1.0 is not a finite number"),
+    ({"l2": -1}, ValueError, "l2 = -1.0 is not a finite number of at least 0"),
+    ({"l2": np.nan}, ValueError, "l2 = nan is not a finite number"),
+    ({"l2": "1"}, TypeError, "l2 = '1' is not a real number"),
+    ({"l2": 1, "reduction": "none"}, ValueError, "l2 = 1.0 belongs to no single row"),
+    ({"reduction": "avg"}, ValueError, "reduction = 'avg' is not one of"),
+    ({"normalizer": 0}, ValueError, "normalizer = 0.0 is not a finite number above 0"),
+    ({"label_smoothing": 2}, ValueError, "label_smoothing = 2.0 is out of range"),
+    ({"z_loss": -1}, ValueError, "z_loss = -1.0 is not a finite number"),
+    ({"ignore_index": 0.5}, TypeError, "ignore_index = 0.5 is not an integer"),
+    ({"chunk_rows": 0}, ValueError, "chunk_rows = 0 is less than 1"),
+    ({"chunk_rows": 1.5}, TypeError, "chunk_rows = 1.5 is not an integer"),
+    ({"num_threads": 0}, ValueError, "num_threads = 0 is out of range"),
+    ({"backend": "nump"}, ValueError, "backend = 'nump' is not a backend"),
+]
+GRADIENT_ERRORS = [
+    ({"accumulate": True, "out": None}, ValueError, "accumulate = True, but there is no out"),
+    ({"out": W}, TypeError, "out is a ndarray, expected LinearGradients"),
+    ({"out": OUT._replace(inputs=X)}, ValueError, "out.inputs is given, but inputs_grad = False"),
+    ({"out": OUT._replace(linear_bias=W[0])}, ValueError, "out.linear_bias is given, but there is"),
+    ({"out": OUT._replace(linear_weight=X)}, ValueError, "out.linear_weight has shape"),
+    ({"out": OUT._replace(linear_weight=1.0)}, TypeError, "out.linear_weight is a float, expected"),
+    (
+        {"out": OUT._replace(linear_weight=W.astype(float))},
+        TypeError,
+        "out.linear_weight has dtype float64, expected float32",
+    ),
+    (
+        {"out": OUT._replace(inputs=OUT.linear_weight[:4]), "inputs_grad": True},
+        ValueError,
+        "out.linear_weight and out.inputs share memory",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), ERRORS + GRADIENT_ERRORS)
+def test_errors(wrong, error, message, backend):
+    arguments = {"inputs": X, "linear_weight": W, "target": Y, "backend": backend} | wrong
+    if not {"out", "accumulate"} & set(wrong):
+        with pytest.raises(error, match=message):
+            fl.linear_cross_entropy(**arguments)
+    out = wrong.get("out", OUT)
+    given = [a for a in out if isinstance(a, np.ndarray)] if isinstance(out, tuple) else []
+    before = [a.copy() for a in given]
+    with pytest.raises(error, match=message):
+        fl.linear_cross_entropy_with_grad(**{"out": out} | arguments)
+    for array, old in zip(given, before, strict=True):
+        np.testing.assert_array_equal(array, old)
+
+
+def test_sparse_errors():
+    sparse = need("scipy.sparse")
+    x = sparse.csr_array(X)
+    with pytest.raises(ValueError, match="the gradient of sparse inputs is dense"):
+        fl.linear_cross_entropy_with_grad(x, W, Y, inputs_grad=True)
+    with pytest.raises(TypeError, match="inputs has dtype int64; expected float32 or float64"):
+        fl.linear_cross_entropy(sparse.csr_array(X.astype(int)), W, Y)
+    with pytest.raises(ValueError, match=r"inputs has shape \(3,\), expected \(N, D\)"):
+        fl.linear_cross_entropy(sparse.coo_array(X[0]), W, Y)
+
+
+def test_l2_penalty_errors():
+    with pytest.raises(ValueError, match=r"linear_weight has shape \(3,\), expected \(C, D\)"):
+        fl.l2_penalty(W[0], 1.0)
+    with pytest.raises(ValueError, match=r"l2 = -1.0 is not a finite number"):
+        fl.l2_penalty(W, -1.0)
+
+
+def test_from_several_python_threads_at_once(backend):
+    problem = Problem((3000, 400, 20), np.float32, ("linear_bias",))
+    call = functools.partial(
+        problem.loss_and_gradients, inputs_grad=True, backend=backend, num_threads=2
+    )
+    right_loss, right = call()
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(call())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    for loss, gradients in results:
+        assert loss == pytest.approx(right_loss, rel=1e-6)
+        for result, array in zip(gradients, right, strict=True):
+            close(result, array, 1e-5, scale=0.0)
+
+
+def test_threads_change_no_bit_of_a_loss(small_chunks, backend):
+    problem = Problem((300, 37, 11), np.float32, ("linear_bias", "sample_weight"))
+    losses = {problem.loss(backend=backend, num_threads=n) for n in (1, 2, 3, 50)}
+    assert len(losses) == 1
+
+
+def test_threads_that_the_system_refuses(monkeypatch, backend):
+    """One thread does the work, and no error is raised."""
+    problem = Problem((2000, 600, 5), np.float32)
+    right = problem.loss(backend=backend, num_threads=1)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert problem.loss(backend=backend, num_threads=2) == right
+
+
+def test_other_thread_pools_are_left_alone(backend):
+    threadpoolctl = need("threadpoolctl")
+    problem = Problem((3000, 400, 20), np.float32)
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        before = threadpoolctl.threadpool_info()
+        problem.loss_and_gradients(backend=backend, num_threads=2)
+        after = threadpoolctl.threadpool_info()
+    blas = [[pool for pool in info if pool["user_api"] == "blas"] for info in (before, after)]
+    assert blas[0] == blas[1]
+
+
+def test_after_a_fork(python):
+    """A child has none of the parent's threads, and needs none."""
+    python(
+        "import os, numpy as np, fastloss as fl\n"
+        "x, w = np.ones((3000, 4)), np.ones((500, 4))\n"
+        "y = np.zeros(3000, int)\n"
+        "right = fl.linear_cross_entropy(x, w, y, num_threads=2)\n"
+        "pid = os.fork()\n"
+        "if not pid:\n"
+        "    os._exit(fl.linear_cross_entropy(x, w, y, num_threads=2) != right)\n"
+        "assert os.waitpid(pid, 0)[1] == 0\n"
+    )
+
+
+def test_nothing_is_imported_for_it(python):
+    loaded = python(
+        "import sys, fastloss as fl\n"
+        "fl.linear_cross_entropy([[1.0]], [[1.0], [2.0]], [0], backend='cython')\n"
+        "print({'scipy', 'numba', 'concurrent.futures'} & set(sys.modules))"
+    )
+    assert loaded == "set()"
+
+
+BENCHMARK = Path(__file__).parents[1] / "bench/linear.py"
+
+
+def peak_mib(backend, shape):
+    """Resident memory beyond arguments and gradients, in a process of its own."""
+    command = [sys.executable, BENCHMARK, "--peak", backend, *map(str, shape)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(result.stdout)
+
+
+# Before the last rows come, all memory has long been taken; the scores alone: 200 MB and 13 GB.
+@pytest.mark.parametrize("backend", ["cython", "numba"])
+@pytest.mark.parametrize(
+    "rows", [1024, pytest.param(65536, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_peak_memory(rows, backend):
+    need("rich")
+    peak = peak_mib(backend, (rows, 64, 50000))
+    assert 10 < peak < 64  # a chunk's scores take 24
+
+
+def test_benchmark(tmp_path):
+    need("rich")
+    need("threadpoolctl")
+    table, readme = tmp_path / "linear.json", tmp_path / "README.md"
+    readme.write_text("before\n<!-- linear:begin -->\nold\n<!-- linear:end -->\nafter\n")
+    command = [sys.executable, BENCHMARK, "--quick", "--rounds", "1"]
+    subprocess.run([*command, "--json", table, "--readme", readme], check=True, timeout=200)
+    results = json.loads(table.read_text())
+    assert {(r["shape"], r["with_grad"]) for r in results["times"]} == {
+        ("256x16x100", True),
+        ("256x16x100", False),
+    }
+    for result in results["times"]:
+        assert {"limit", "products", "cython", "numba"} <= set(result["best"])
+        assert all(seconds > 0 for seconds in result["best"].values())
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- linear:begin -->\nMeasured on ")
+    assert text.endswith("<!-- linear:end -->\nafter\n")
+    assert "| 256x16x100 | loss and gradients |" in text
+    assert "old" not in text
