@@ -58,6 +58,11 @@ def problem():
     return X, y, s
 
 
+def tame(X):
+    """Of one scale, which LogisticRegression needs to get to the optimum; the means are 1."""
+    return (X - X.mean(axis=0)) / X.std(axis=0).clip(min=1e-6) + 1
+
+
 def total_weight(y, sample_weight, class_weight):
     s = np.ones(len(y)) if sample_weight is None else sample_weight
     if class_weight == "balanced":
@@ -65,20 +70,16 @@ def total_weight(y, sample_weight, class_weight):
     return (s * np.vectorize(dict.get)(class_weight, y)).sum() if class_weight else s.sum()
 
 
-def logistic_regression(X, y, C, s=None, class_weight=None, fit_intercept=True):
-    """Trained to the optimum, from scaled features, which LogisticRegression needs for it."""
-    return LogisticRegression(
-        C=C, tol=1e-8, max_iter=100_000, solver="newton-cg",
-        class_weight=class_weight, fit_intercept=fit_intercept,
-    ).fit(X, y, s)  # fmt: skip
+def logistic_regression(X, y, C, s=None, **parameters):
+    options = {"solver": "newton-cg", "tol": 1e-10, "max_iter": 10_000}
+    return LogisticRegression(C=C, **options, **parameters).fit(X, y, s)
 
 
 def agree(ours, theirs, X, tolerance=1e-4):
-    scale = abs(theirs.coef_).max(axis=0)
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=0, atol=tolerance)
     np.testing.assert_allclose(
-        (ours.coef_ - theirs.coef_) / scale, 0, atol=tolerance, err_msg="relative to the column"
+        ours.predict_proba(X), theirs.predict_proba(X), rtol=0, atol=tolerance
     )
-    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=tolerance)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "sample_weight"])
@@ -86,11 +87,11 @@ def agree(ours, theirs, X, tolerance=1e-4):
 @pytest.mark.parametrize("C", [0.01, 1.0, 100.0])
 def test_the_optimum_is_that_of_logistic_regression(problem, C, class_weight, weighted):
     X, y, s = problem
-    X, s = X / X.std(axis=0).clip(min=1e-2), s if weighted else None
-    theirs = logistic_regression(X, y, C, s, class_weight)
+    X, s = tame(X), s if weighted else None
+    theirs = logistic_regression(X, y, C, s, class_weight=class_weight)
     ours = SoftmaxClassifier(
         l2=1 / (2 * C * total_weight(y, s, class_weight)), class_weight=class_weight,
-        tol=1e-7, max_iter=2000,
+        tol=1e-9, max_iter=5000,
     ).fit(X, y, s)  # fmt: skip
     agree(ours, theirs, X)
     assert abs(ours.coef_[:, 3]).max() < 1e-6  # the constant feature
@@ -130,10 +131,10 @@ def test_two_classes(problem):
 
 def test_float32_stays_float32(problem):
     X, y, _ = problem
-    theirs = logistic_regression(X / X.std(axis=0).clip(min=1e-2), y, 1.0)
-    X32 = (X / X.std(axis=0).clip(min=1e-2)).astype(np.float32)
+    theirs = logistic_regression(tame(X), y, 1.0)
+    X32 = tame(X).astype(np.float32)
     for solver in ("lbfgs", "sgd"):
-        ours = SoftmaxClassifier(solver=solver, l2=1 / (2 * len(y)), tol=1e-5).fit(X32, y)
+        ours = SoftmaxClassifier(solver=solver, l2=1 / (2 * len(y)), tol=1e-6).fit(X32, y)
         assert ours.coef_.dtype == ours.intercept_.dtype == np.float32
         assert ours.predict_proba(X32).dtype == np.float32
         if solver == "lbfgs":
@@ -232,15 +233,15 @@ def objective(model, X, y):
         {"schedule": "cosine", "learning_rate": 0.5},
         {"schedule": "sqrt", "learning_rate": 0.5},
         {"schedule": "constant", "learning_rate": 0.1},
-        {"schedule": "constant", "learning_rate": 1.0, "momentum": 0.0},
+        {"schedule": "constant", "learning_rate": 0.5, "momentum": 0.0},
         {"schedule": "constant"},
     ],
     ids=str,
 )
 def test_sgd_comes_near_the_optimum(digits, parameters):
     X, y, optimum = digits
-    model = sgd(batch_size=32, max_iter=60, tol=0.0, **parameters).fit(X, y)
-    assert optimum < objective(model, X, y) < 1.1 * optimum
+    model = sgd(batch_size=32, max_iter=60, tol=0.0, n_iter_no_change=60, **parameters).fit(X, y)
+    assert optimum < objective(model, X, y) < 1.15 * optimum
 
 
 def test_sgd_of_whole_batches_reaches_the_optimum():
@@ -306,10 +307,9 @@ def test_sgd_ends_when_nothing_changes(digits):
     X, y, _ = digits
     model = sgd(tol=0.05, n_iter_no_change=3).fit(X, y)
     assert model.n_iter_ == len(model.loss_curve_) < 40
-    best = np.minimum.accumulate([np.inf, *model.loss_curve_])
-    assert all(
-        loss > least - 0.05 for loss, least in zip(model.loss_curve_, best, strict=False)[-3:]
-    )
+    *before, a, b, c = model.loss_curve_
+    assert min(a, b, c) >= min(before) - 3 * 0.05
+    assert before[-1] < min(before[:-1]) - 0.05
 
 
 def test_early_stopping(digits):
@@ -434,7 +434,7 @@ ERRORS = [
     ({"y": Y + 0.5}, "Unknown label type"),
     ({"sample_weight": -Y}, "Negative values"),
     ({"sample_weight": Y[:3]}, r"sample_weight.shape == \(3,\)"),
-    ({"sample_weight": 0 * Y}, "leave no sample that counts"),
+    ({"sample_weight": 0 * Y}, "at least one non-zero number"),
 ]
 
 

@@ -20,7 +20,6 @@ try:
     from sklearn.base import BaseEstimator, ClassifierMixin
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import train_test_split
-    from sklearn.preprocessing import StandardScaler
     from sklearn.utils import check_random_state, gen_batches
     from sklearn.utils.class_weight import compute_class_weight
     from sklearn.utils.extmath import row_norms, safe_sparse_dot
@@ -36,6 +35,7 @@ __all__ = ["SoftmaxClassifier"]
 
 _FLOATS = [np.float64, np.float32]
 _CHUNK_ELEMENTS = 1 << 22  # of what need not be in memory all at once
+_ROUNDING = 1e-12  # of a variance, relative to the mean square
 _CORRECTIONS = 20  # pairs of vectors that L-BFGS remembers
 
 
@@ -76,7 +76,8 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         always for faster training.
     schedule : {"sqrt", "constant", "cosine"}
         What the learning rate is multiplied with after t epochs: 1 / sqrt(1 + t), 1, or
-        (1 + cos(pi t / max_iter)) / 2, which is 0 after `max_iter` epochs.
+        (1 + cos(pi t / max_iter)) / 2, which is 0 after `max_iter` epochs.  For this last one make
+        `n_iter_no_change` large: training is to end at the end.
     momentum : float
         The share of the last step that is part of the next, from 0 to below 1.
     early_stopping : bool
@@ -234,7 +235,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         X, y = self._validated(X, y, reset=True)
         classes, target = np.unique(y, return_inverse=True)
         if len(classes) < 2:
-            raise ValueError(f"y has one class, {classes[0]!r}; at least 2 classes are needed")
+            raise ValueError(f"y has one class, {classes[0]}; at least 2 classes are needed")
         problem = self._problem(X, y, classes, target, sample_weight)
         if not (self.warm_start and hasattr(self, "coef_")):
             self._start(classes, X)
@@ -281,7 +282,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         target = np.searchsorted(classes, y).clip(max=len(classes) - 1)
         if not np.array_equal(classes[target], y):
             unknown = np.setdiff1d(y, classes)
-            raise ValueError(f"y has {unknown[0]!r}, which is not one of the classes {classes}")
+            raise ValueError(f"y has {unknown[0]}, which is not one of the classes {classes}")
         problem = self._problem(X, y, classes, target, sample_weight)
         if first:
             self._start(classes, X)
@@ -577,11 +578,18 @@ class _Standardized(NamedTuple):
 
 
 def _mean_and_variance(X: Any, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Of each column; the variance of a constant one is said to be 1."""
-    scaler = StandardScaler(with_mean=False, copy=False)
-    for rows in gen_batches(X.shape[0], max(_CHUNK_ELEMENTS // X.shape[1], 1)):
-        scaler.partial_fit(X[rows], sample_weight=None if weight is None else weight[rows])
-    return scaler.mean_, scaler.scale_**2
+    """Of each column, in float64; the variance of a constant one is said to be 1."""
+    dense = isinstance(X, np.ndarray)
+    shift = X[0].astype(np.float64) if dense else np.zeros(X.shape[1])
+    share = np.ones(X.shape[0]) if weight is None else weight
+    share = share / share.sum()
+    mean, square = np.zeros((2, X.shape[1]))
+    for rows in gen_batches(len(share), max(_CHUNK_ELEMENTS // X.shape[1], 1)):
+        x = X[rows] - shift if dense else X[rows].astype(np.float64)
+        mean += share[rows] @ x
+        square += share[rows] @ (x * x if dense else x.multiply(x))
+    variance = square - mean**2
+    return shift + mean, np.where(variance > _ROUNDING * square, variance, 1.0)
 
 
 class _Descent:
