@@ -5,15 +5,16 @@ changes: the loss curve is the same with every backend.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tqdm import tqdm
 
 import fastloss as fl
+from fastloss.sklearn import SoftmaxClassifier
 
 matplotlib.use("Agg")  # a picture in a file needs no screen
 from matplotlib import pyplot as plt
@@ -38,64 +39,25 @@ def load_data(seed: int) -> list[np.ndarray]:
     return train_test_split(X, y, test_size=0.2, stratify=y, random_state=seed)
 
 
-def loss_and_gradients(
-    W: np.ndarray, b: np.ndarray, X: np.ndarray, y: np.ndarray, l2: float
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """The loss of the classifier, and its gradients with respect to W and b."""
-    scores = X @ W.T + b
-    data_loss, grad_scores = fl.cross_entropy_with_grad(scores, y, out=scores)  # in place
-    regularization_loss = l2 * float(np.sum(W**2))
-    grad_W = grad_scores.T @ X + 2 * l2 * W
-    grad_b = grad_scores.sum(axis=0)
-    return data_loss + regularization_loss, grad_W, grad_b
+def make_classifier(options: argparse.Namespace) -> SoftmaxClassifier:
+    return SoftmaxClassifier(
+        l2=options.l2,
+        solver=options.solver,
+        max_iter=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        schedule="cosine",
+        tol=0 if options.solver == "sgd" else 1e-4,  # all epochs, or to the optimum
+        n_iter_no_change=options.epochs,
+        random_state=options.seed,
+        verbose=True,
+    )
 
 
-def accuracy(W: np.ndarray, b: np.ndarray, X: np.ndarray, y: np.ndarray) -> float:
-    return float(np.mean(np.argmax(X @ W.T + b, axis=1) == y))
-
-
-def mini_batches(
-    X: np.ndarray, y: np.ndarray, batch_size: int, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All samples once, in random order."""
-    order = rng.permutation(len(y))
-    for start in range(0, len(y), batch_size):
-        batch = order[start : start + batch_size]
-        yield X[batch], y[batch]
-
-
-def train(
-    X: np.ndarray, y: np.ndarray, options: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray, list[float], float]:
-    """Mini-batch gradient descent: W, b, the loss of every step, samples per second."""
-    rng = np.random.default_rng(options.seed)
-    W = np.zeros((y.max() + 1, X.shape[1]), X.dtype)
-    b = np.zeros(len(W), X.dtype)
-    losses = []
-    with tqdm(total=options.epochs * len(y), unit=" samples", unit_scale=True) as progress:
-        for _ in range(options.epochs):
-            for X_batch, y_batch in mini_batches(X, y, options.batch_size, rng):
-                loss, grad_W, grad_b = loss_and_gradients(W, b, X_batch, y_batch, options.l2)
-                W -= options.learning_rate * grad_W
-                b -= options.learning_rate * grad_b
-                losses.append(loss)
-                progress.update(len(y_batch))
-            progress.set_postfix(
-                loss=f"{loss:.3f}", accuracy=f"{accuracy(W, b, X, y):.3f}", refresh=False
-            )
-        samples_per_second = progress.n / progress.format_dict["elapsed"]
-    return W, b, losses, samples_per_second
-
-
-def plot(losses: Sequence[float], epochs: int, title: str, path: str) -> None:
-    """The loss of every step, and its mean over every epoch."""
-    steps = np.arange(1, len(losses) + 1) * epochs / len(losses)
-    means = np.reshape(losses, (epochs, -1)).mean(axis=1)
+def plot(losses: Sequence[float], unit: str, title: str, path: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(steps, losses, linewidth=0.5, color="tab:blue", alpha=0.5, label="mini-batch")
-    axes.plot(np.arange(epochs) + 0.5, means, color="tab:blue", label="mean of the epoch")
-    axes.set(xlabel="epoch", ylabel="data loss + regularization loss", yscale="log", title=title)
-    axes.legend()
+    axes.plot(np.arange(1, len(losses) + 1), losses, color="tab:blue")
+    axes.set(xlabel=unit, ylabel="data loss + regularization loss", yscale="log", title=title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -114,7 +76,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--backend", choices=["cython", "numba", "numpy"], help="what computes the loss")
-    add("--epochs", type=positive_integer, default=40, help="passes over the training samples")
+    add("--solver", choices=["sgd", "lbfgs"], default="sgd", help="gradient descent, or L-BFGS")
+    add("--epochs", type=positive_integer, default=40, help="or iterations of L-BFGS, at most")
     add("--l2", type=float, default=1e-4, help="strength of the regularization l2 * sum(W**2)")
     add("--batch-size", type=positive_integer, default=32, help="samples per step")
     add("--learning-rate", type=float, default=0.5, help="length of a step over the gradient")
@@ -124,19 +87,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
-    """Run it all; return the loss of every step."""
+    """Run it all; return the loss of every epoch."""
     options = parse(arguments)
     fl.set_backend(options.backend)
     show_running_example()
 
     X_train, X_test, y_train, y_test = load_data(options.seed)
-    W, b, losses, samples_per_second = train(X_train, y_train, options)
+    start = time.perf_counter()
+    classifier = make_classifier(options).fit(X_train, y_train)
+    samples = classifier.n_iter_ * len(y_train)
+    samples_per_second = samples / (time.perf_counter() - start)
 
-    trained_loss, _, _ = loss_and_gradients(W, b, X_train, y_train, options.l2)
-    print(f"loss           {losses[0]:.3f} untrained, {trained_loss:.3f} trained")
-    print(f"test accuracy  {accuracy(W, b, X_test, y_test):.4f}")
+    losses = classifier.loss_curve_
+    print(f"loss           {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
+    print(f"test accuracy  {classifier.score(X_test, y_test):.4f}")
     print(f"speed          {samples_per_second:,.0f} samples per second on {fl.get_backend()}")
-    plot(losses, options.epochs, "Softmax classifier on handwritten digits", options.plot)
+    unit = "epoch" if options.solver == "sgd" else "iteration"
+    plot(losses, unit, "Softmax classifier on handwritten digits", options.plot)
     print(f"loss curve     {options.plot}")
     return losses
 

@@ -1,4 +1,4 @@
-"""The training example: right gradients, one loss curve whatever the backend, and it learns."""
+"""The training examples: one loss curve whatever the backend, and they learn."""
 
 import importlib.util
 import math
@@ -34,24 +34,6 @@ def run(example, tmp_path):
     fl.set_backend(None)
 
 
-def test_gradients_are_those_of_finite_differences(example):
-    rng = np.random.default_rng(0)
-    W, b = rng.normal(size=(4, 6)), rng.normal(size=4)
-    X, y = rng.normal(size=(5, 6)), rng.integers(4, size=5)
-    _, *gradients = example.loss_and_gradients(W, b, X, y, l2=0.3)
-    step = 1e-6
-    for parameter, gradient in zip((W, b), gradients, strict=True):
-        for place in np.ndindex(parameter.shape):
-            value = parameter[place]
-            losses = []
-            for moved in (value + step, value - step):
-                parameter[place] = moved
-                losses.append(example.loss_and_gradients(W, b, X, y, l2=0.3)[0])
-            parameter[place] = value
-            slope = (losses[0] - losses[1]) / (2 * step)
-            assert gradient[place] == pytest.approx(slope, abs=1e-8)
-
-
 def test_every_backend_gives_the_same_curve(run, capsys):
     curves = {
         backend: run("--backend", backend, "--epochs", "3", "--batch-size", "100")
@@ -59,8 +41,8 @@ def test_every_backend_gives_the_same_curve(run, capsys):
     }
     assert re.findall(r"samples per second on (\w+)", capsys.readouterr().out) == list(curves)
     reference = curves["numpy"]
-    assert reference[0] == pytest.approx(math.log(10), abs=1e-6)  # untrained: ten equal scores
-    assert len(reference) == 3 * math.ceil(1437 / 100)
+    assert len(reference) == 3
+    assert reference[-1] < reference[0] < math.log(10)  # that of ten equal scores
     for backend in ("cython", "numba"):
         np.testing.assert_allclose(curves[backend], reference, rtol=0, atol=1e-5, err_msg=backend)
 
@@ -72,10 +54,11 @@ def test_options_change_the_training(run):
     assert plain != run(*options, "--seed", "1")
     assert plain[-1] < run(*options, "--learning-rate", "0.01")[-1]
     assert plain[-1] < run(*options, "--l2", "0.1")[-1]
+    assert plain[-1] > run("--solver", "lbfgs", "--epochs", "200")[-1]
 
 
 def test_script_with_its_defaults(tmp_path):
-    """As in the README: the running example first, then a classifier that is right 95 in 100."""
+    """As in the README: the running example first, then a classifier that is right 96 in 100."""
     result = subprocess.run(
         [sys.executable, SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=True
     )
@@ -85,9 +68,9 @@ def test_script_with_its_defaults(tmp_path):
         "loss      0.349\n"
         "gradient  [-0.29  0.26  0.04]\n"
     )
-    assert float(re.search(r"test accuracy +([\d.]+)", result.stdout)[1]) >= 0.95
+    assert float(re.search(r"test accuracy +([\d.]+)", result.stdout)[1]) >= 0.96
     assert int(re.search(r"speed +([\d,]+) samples", result.stdout)[1].replace(",", "")) > 0
-    assert re.search(r"100%.*accuracy=0\.9\d+.*loss=0\.", result.stderr)  # the progress bar
+    assert re.search(r"100%.*loss=0\.", result.stderr)  # the progress bar
     assert (tmp_path / "softmax_classifier.png").read_bytes().startswith(b"\x89PNG")
 
 

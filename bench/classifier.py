@@ -1,0 +1,145 @@
+"""Times SoftmaxClassifier beside scikit-learn's LogisticRegression, to the same loss.
+
+    python bench/classifier.py                       # all problems; leave the machine alone
+    python bench/classifier.py --problem digits      # one; the figures of the others stay
+    python bench/classifier.py --quick               # small problems: does it work?
+
+Both train on the same standardized features, with the same penalty, by L-BFGS. First the optimum
+is computed. Then each gets tolerances from loose to strict, until the loss of what it returns,
+computed anew in float64, is within 1e-3 of the optimum, relative. The time is that of the `fit`
+with this tolerance, the best of some repeats that take a few seconds; loose ones cost nothing.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import report
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+import fastloss as fl
+from fastloss import _bench, _report
+from fastloss.sklearn import SoftmaxClassifier
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- classifier:begin -->", "<!-- classifier:end -->"
+SYNTHETIC = {"100 classes": (200_000, 100, 100), "1000 classes": (50_000, 50, 1000)}
+QUICK = {"100 classes": (2000, 20, 100), "1000 classes": (2000, 10, 1000)}
+TOLERANCES = [10 ** (-k / 2) for k in range(4, 13)]  # 1e-2 to 1e-6
+NEAR = 1e-3
+MAX_ITER = 2000
+REPEAT_SECONDS, REPEATS = 3.0, 5
+
+
+def load(name, shapes):
+    """Standardized features, and labels."""
+    if name == "digits":
+        X, y = load_digits(return_X_y=True)
+    else:
+        num_samples, num_features, num_classes = shapes[name]
+        rng = np.random.default_rng(0)
+        y = rng.permutation(np.arange(num_samples) % num_classes)
+        X = 0.5 * rng.normal(size=(num_classes, num_features))[y]
+        X += rng.normal(size=X.shape)
+    return StandardScaler().fit_transform(X), y
+
+
+def ours(l2, num_samples, tol):
+    return SoftmaxClassifier(l2=l2, tol=tol, max_iter=MAX_ITER)
+
+
+def theirs(l2, num_samples, tol):
+    return LogisticRegression(C=1 / (2 * l2 * num_samples), tol=tol, max_iter=MAX_ITER)
+
+
+CONTENDERS = {"SoftmaxClassifier": ours, "LogisticRegression": theirs}
+
+
+def loss(model, X, y, l2):
+    return fl.linear_cross_entropy(
+        X, model.coef_.astype(X.dtype), y, linear_bias=model.intercept_.astype(X.dtype), l2=l2
+    )
+
+
+def fit_to(goal, make, X, y, X_exact, l2):
+    """The first tolerance that leads to the goal, and what it took."""
+    for tol in TOLERANCES:
+        seconds, spent = [], 0.0
+        while not seconds or (spent < REPEAT_SECONDS and len(seconds) < REPEATS):
+            model = make(l2, len(y), tol)
+            start = time.perf_counter()
+            model.fit(X, y)
+            seconds.append(time.perf_counter() - start)
+            spent += seconds[-1]
+        reached = loss(model, X_exact, y, l2)
+        if reached <= goal:
+            break
+    return {
+        "tol": tol, "iterations": int(np.max(model.n_iter_)), "seconds": min(seconds),
+        "loss": reached, "reached": bool(reached <= goal),
+    }  # fmt: skip
+
+
+def measure(name, shapes):
+    X, y = load(name, shapes)
+    l2 = 1 / (2 * len(y))  # C = 1, LogisticRegression's default
+    optimum = loss(ours(l2, len(y), 1e-6).fit(X, y), X, y, l2)
+    result = {"shape": [*X.shape, int(y.max()) + 1], "optimum": optimum, "fits": []}
+    for dtype in ("float32", "float64"):
+        data = X.astype(dtype)
+        for contender, make in CONTENDERS.items():
+            fit = fit_to(optimum * (1 + NEAR), make, data, y, X, l2)
+            result["fits"].append({"contender": contender, "dtype": dtype, **fit})
+            print(name, contender, dtype, fit, flush=True)
+    return result
+
+
+def section(results):
+    """What stands between the markers."""
+    lines = []
+    for name, result in results.items():
+        samples, features, classes = result["shape"]
+        fastest = min(f["seconds"] for f in result["fits"] if f["contender"] == "LogisticRegression")
+        rows = [
+            [
+                fit["contender"], fit["dtype"], f"{fit['tol']:.1e}", str(fit["iterations"]),
+                _report.format_time(fit["seconds"]),
+                f"{fit['loss'] / result['optimum'] - 1:.1e}",
+                f"{fastest / fit['seconds']:.1f}",
+            ]
+            for fit in result["fits"]
+        ]  # fmt: skip
+        header = ["estimator", "dtype", "tol", "iterations", "time", "above optimum", "speed-up"]
+        title = f"{samples:,} samples, {features} features, {classes} classes"
+        lines += [f"**{name}**: {title}. {_report.heading(result)}.", "", *report.markdown(header, rows), ""]
+    return "\n".join(lines).rstrip()
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    problems = ["digits", *SYNTHETIC]
+    parser.add_argument("--problem", choices=problems, action="append", help="default: all")
+    parser.add_argument("--quick", action="store_true", help="small problems")
+    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/classifier.json")
+    parser.add_argument("--readme", type=Path, default=ROOT / "bench/README.md")
+    options = parser.parse_args(arguments)
+    results = json.loads(options.json.read_text()) if options.json.exists() else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for name in options.problem or problems:
+            results[name] = measure(name, QUICK if options.quick else SYNTHETIC)
+            results[name] |= _bench.environment(fl.get_num_threads(), ["scikit-learn", "scipy"])
+    results = {name: results[name] for name in problems if name in results}
+    options.json.write_text(json.dumps(results, indent=1) + "\n")
+    text = report.insert(options.readme.read_text(), section(results), BEGIN, END)
+    options.readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
