@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastloss import _arguments
-from fastloss.torch import _ops
+from fastloss.torch import _compute, _ops
+from fastloss.torch._compute import Inputs, Options
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -106,14 +107,12 @@ def _map(
     name = function.__name__
     if has_torch_function_variadic(input):
         keywords = {"dtype": dtype, "backend": backend, "fallback": fallback}
-        return handle_torch_function(  # type: ignore[no-any-return]
-            function, (input,), input, dim=dim, **keywords
-        )
+        return handle_torch_function(function, (input,), input, dim=dim, **keywords)
     if dim is None:
         raise ValueError(f"dim is not given: {name} does not guess the class dimension")
     if problem := _unsuited(input=input):
         if fallback:
-            return getattr(torch, name)(input, dim, dtype=dtype)  # type: ignore[no-any-return]
+            return getattr(torch, name)(input, dim, dtype=dtype)
         raise TypeError(problem)
     if dtype is not None:
         input = input.to(dtype)
@@ -121,14 +120,12 @@ def _map(
     dims = max(input.dim(), 1)
     if not -dims <= dim < dims:
         raise IndexError(f"dim = {dim} is out of range for input of shape {tuple(input.shape)}")
-    log = name == "log_softmax"
+    arguments = (input, name == "log_softmax", dim, backend)
     if not _ops.is_eager(input):
-        return _ops.probabilities(log, input, dim, backend)
+        return _ops.probabilities(*arguments)
     if input.requires_grad and torch.is_grad_enabled():
-        return _ops.Probabilities.apply(  # type: ignore[no-any-return, no-untyped-call]
-            log, input, dim, backend
-        )
-    return _ops.compute_probabilities(log, input, dim, backend)
+        return _ops.Probabilities.apply(*arguments)
+    return _compute.probabilities(*arguments)
 
 
 def cross_entropy(
@@ -304,13 +301,13 @@ def _loss(
     if has_torch_function_variadic(input, target, weight, sample_weight):
         tensors = (input, target, weight, sample_weight)
         keywords = {"ignore_index": ignore_index, "reduction": reduction, **smoothing, **own}
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             function, tensors, input, target, weight, **keywords, backend=backend, fallback=fallback
         )
     problem = _unsuited(input=input, target=target, weight=weight, sample_weight=sample_weight)
     if problem and fallback:
         refuse_own(own, problem)
-        return getattr(torch.nn.functional, name)(  # type: ignore[no-any-return]
+        return getattr(torch.nn.functional, name)(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, **smoothing
         )
     if problem:
@@ -319,7 +316,8 @@ def _loss(
     if target.is_floating_point() and ignore_index < 0:
         ignore_index = _arguments.DEFAULT_IGNORE_INDEX  # as PyTorch, which ignores negative ones
     normalizer = own["normalizer"]
-    options = _ops.Options(
+    options = Options(
+        name,
         ignore_index,
         float(smoothing.get("label_smoothing", 0.0)),
         float(own.get("z_loss", 0.0)),
@@ -327,37 +325,26 @@ def _loss(
         None if normalizer is None else float(normalizer),
         backend,
     )
-    loss = _dispatch(name, input, target, weight, sample_weight, options, own.get("inplace", False))
+    inputs = Inputs(input, target, weight, sample_weight)
+    loss = _dispatch(inputs, options, own.get("inplace", False))
     half = loss.dtype is not input.dtype and not torch.is_autocast_enabled("cpu")
     return loss.to(input.dtype) if half else loss
 
 
-def _dispatch(
-    name: str,
-    scores: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    options: _ops.Options,
-    inplace: bool,
-) -> Tensor:
-    tensors = (scores, target, weight, sample_weight)
-    eager = _ops.is_eager(*tensors)
+def _dispatch(inputs: Inputs, options: Options, inplace: bool) -> Tensor:
+    scores, target, *weights = inputs
     differentiable = torch.is_grad_enabled() and (scores.requires_grad or target.requires_grad)
-    if torch.is_grad_enabled():
-        for argument, tensor in (("weight", weight), ("sample_weight", sample_weight)):
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(f"{argument} requires a gradient, which {name} does not give it")
+    for argument, tensor in zip(("weight", "sample_weight"), weights, strict=True):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{argument} requires a gradient, which {options.name} does not give")
+    eager = _ops.is_eager(*inputs)
     if inplace:
         _check_inplace(scores, target, eager, differentiable)
     if not eager:
-        return _ops.loss(name, *tensors, *options)
+        return _ops.loss(*inputs, *options)
     if differentiable:
-        inplace = inplace and scores.requires_grad
-        return _ops.Loss.apply(  # type: ignore[no-any-return, no-untyped-call]
-            *tensors, name, options, inplace
-        )
-    return _ops.losses(name, *tensors, options)
+        return _ops.Loss.apply(*inputs, options, inplace and scores.requires_grad)
+    return _compute.losses(inputs, options)
 
 
 def _check_inplace(scores: Tensor, target: Tensor, eager: bool, differentiable: bool) -> None:
