@@ -22,7 +22,13 @@ except ModuleNotFoundError as error:
         "fastloss.torch needs PyTorch: run `pip install 'fastloss[torch]'`", name="torch"
     ) from error
 
-from fastloss.torch.functional import cross_entropy, log_softmax, nll_loss, softmax
+from fastloss.torch.functional import (
+    cross_entropy,
+    linear_cross_entropy,
+    log_softmax,
+    nll_loss,
+    softmax,
+)
 from fastloss.torch.modules import CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
 
 __all__ = [
@@ -31,6 +37,7 @@ __all__ = [
     "NLLLoss",
     "Softmax",
     "cross_entropy",
+    "linear_cross_entropy",
     "log_softmax",
     "nll_loss",
     "softmax",

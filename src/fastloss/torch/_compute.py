@@ -74,20 +74,19 @@ def _ml_dtypes() -> ModuleType:
         ) from error
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach()
+def to_array(tensor: Tensor) -> np.ndarray:
     if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(_ml_dtypes().bfloat16)
-    return tensor.resolve_neg().numpy()
+        return tensor.view(torch.int16).numpy(force=True).view(_ml_dtypes().bfloat16)
+    return tensor.numpy(force=True)  # whatever autograd thinks of it
 
 
-def _maybe_array(tensor: Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else _array(tensor)
+def maybe_to_array(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else to_array(tensor)
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def to_tensor(array: np.ndarray) -> Tensor:
     """A tensor on the memory of an array: NumPy's costs fewer page faults than PyTorch's own."""
-    if array.dtype.name != "bfloat16":
+    if array.dtype.kind != "V":  # bfloat16; its name takes a microsecond to make up
         return torch.from_numpy(array)
     bits = torch.from_numpy(array.view(np.int16))
     # Not bits.view(torch.bfloat16): autograd treats views in ways of their own.
@@ -95,7 +94,7 @@ def _tensor(array: np.ndarray) -> Tensor:
     return result.set_(bits.untyped_storage(), 0, bits.shape, bits.stride())  # type: ignore[call-overload]
 
 
-def _threads() -> int:
+def num_threads() -> int:
     """As few as torch.set_num_threads and our own settings ask for."""
     return min(torch.get_num_threads(), fl.get_num_threads())
 
@@ -108,8 +107,8 @@ def _threads() -> int:
 def losses(inputs: Inputs, options: Options) -> Tensor:
     """The loss alone, in the dtype that it is computed in."""
     function = getattr(fl, options.name)
-    arrays = _array(inputs.scores), _array(inputs.target)
-    sample_weight = _maybe_array(inputs.sample_weight)
+    arrays = to_array(inputs.scores), to_array(inputs.target)
+    sample_weight = maybe_to_array(inputs.sample_weight)
     return _loss_tensor(function(*arrays, **_keywords(inputs, sample_weight, options)), inputs)
 
 
@@ -117,17 +116,17 @@ def losses_and_gradient(
     inputs: Inputs, options: Options, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Both from one pass; the gradient is that of the sum where the losses are not reduced."""
-    return _losses_and_gradient(inputs, _maybe_array(inputs.sample_weight), options, out)
+    return _losses_and_gradient(inputs, maybe_to_array(inputs.sample_weight), options, out)
 
 
 def _losses_and_gradient(
     inputs: Inputs, sample_weight: np.ndarray | None, options: Options, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     function = getattr(fl, f"{options.name}_with_grad")
-    arrays = _array(inputs.scores), _array(inputs.target)
+    arrays = to_array(inputs.scores), to_array(inputs.target)
     keywords = _keywords(inputs, sample_weight, options)
-    loss, grad = function(*arrays, out=_maybe_array(out), **keywords)
-    return _loss_tensor(loss, inputs), _tensor(grad) if out is None else out
+    loss, grad = function(*arrays, out=maybe_to_array(out), **keywords)
+    return _loss_tensor(loss, inputs), to_tensor(grad) if out is None else out
 
 
 def _keywords(inputs: Inputs, sample_weight: np.ndarray | None, options: Options) -> dict[str, Any]:
@@ -135,17 +134,17 @@ def _keywords(inputs: Inputs, sample_weight: np.ndarray | None, options: Options
     if keywords.pop("name") == "nll_loss":
         del keywords["label_smoothing"], keywords["z_loss"]
     return keywords | {
-        "weight": _maybe_array(inputs.weight),
+        "weight": maybe_to_array(inputs.weight),
         "sample_weight": sample_weight,
         "axis": inputs.dim,
-        "num_threads": _threads(),
+        "num_threads": num_threads(),
     }
 
 
 def _loss_tensor(loss: float | np.ndarray, inputs: Inputs) -> Tensor:
-    if isinstance(loss, np.ndarray):
-        return torch.from_numpy(loss)
-    return torch.tensor(loss, dtype=compute_dtype(inputs.scores.dtype), device="cpu")
+    if not isinstance(loss, np.ndarray):
+        loss = np.array(loss, np.float64 if inputs.scores.dtype is torch.float64 else np.float32)
+    return torch.from_numpy(loss)
 
 
 def gradient(
@@ -171,7 +170,7 @@ def gradient(
     if not bool(rows.isfinite().all()):
         _, grad = losses_and_gradient(inputs, options, out)
         return times(grad, upstream)
-    _, grad = _losses_and_gradient(inputs, _array(rows.abs()), options, out)
+    _, grad = _losses_and_gradient(inputs, to_array(rows.abs()), options, out)
     return times(grad, rows.sign()) if bool((rows < 0).any()) else grad
 
 
@@ -243,8 +242,8 @@ def _mapped(function: Any, tensors: tuple[Tensor, ...], dim: int, backend: str |
     shape = tensors[0].shape
     if 0 in shape:
         return torch.empty_like(tensors[0])
-    arrays = [_array(tensor) for tensor in tensors]
+    arrays = [to_array(tensor) for tensor in tensors]
     if not shape:  # a scalar is one class
         arrays = [array.reshape(1) for array in arrays]
-    result = function(*arrays, dim, backend=backend, num_threads=_threads())
-    return _tensor(result if shape else result.reshape(()))
+    result = function(*arrays, dim, backend=backend, num_threads=num_threads())
+    return to_tensor(result if shape else result.reshape(()))
