@@ -135,6 +135,7 @@ def loss_of(name, shape, threads):
 # ---------------------------------------------------------------------------------------------
 
 _IN_TURN = """
+import time
 import {order}
 import torch, fastloss.torch
 torch.set_num_threads({threads})
@@ -165,7 +166,7 @@ def in_turn(order, backend, threads):
     """Seconds of a call of theirs, of ours, and of the two after one another."""
     code = _IN_TURN.format(order=order, threads=threads, backend=backend)
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, timeout=100
     )
     theirs, ours, both = map(float, result.stdout.split())
     return {"theirs": theirs, "ours": ours, "both": both, "ratio": both / (theirs + ours)}

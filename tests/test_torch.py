@@ -534,7 +534,7 @@ def test_no_gradient_is_paid_for_where_none_is_needed(compiled, monkeypatch, cal
     assert torch.equal(result, expected)
 
 
-def test_only_the_gradients_that_are_needed(compiled, generator):
+def test_only_the_gradients_that_are_needed(generator):
     scores, target, _ = problem(generator, (6, 5), torch.float64, "probabilities")
     ft.cross_entropy(scores, target.requires_grad_(), label_smoothing=0.1).backward()
     again = target.detach().clone().requires_grad_()
@@ -548,7 +548,7 @@ def test_only_the_gradients_that_are_needed(compiled, generator):
             ft.cross_entropy(scores, target, **{argument: w})
 
 
-def test_scores_changed_after_the_call(compiled, generator):
+def test_scores_changed_after_the_call(generator):
     """The first backward pass does not need them; another one notices."""
     scores, target, _ = problem(generator, (6, 5), torch.float32, "indices")
     _, expected = loss_and_grad(ft.cross_entropy, scores, target)
@@ -631,7 +631,7 @@ def test_inplace(compiled, generator, reduction, arrange):
         loss.backward(upstream)
 
 
-def test_inplace_refuses_what_it_cannot_do(compiled, generator):
+def test_inplace_refuses_what_it_cannot_do(generator):
     scores, target, _ = problem(generator, (6, 5), torch.float32, "indices")
     leaf = scores.clone().requires_grad_()
     for x in (leaf, leaf.view(6, 5)):
@@ -658,12 +658,12 @@ def test_inplace_refuses_what_it_cannot_do(compiled, generator):
 
 
 # ---------------------------------------------------------------------------------------------
-# torch.func and torch.compile
+# torch.func and torch.compile: the same on every backend, so on the default one
 # ---------------------------------------------------------------------------------------------
 
 
 @every_call
-def test_functional_transforms(compiled, call, tensors):
+def test_functional_transforms(call, tensors):
     """grad, grad of grad, vmap, and each of the other; against one call after another."""
     func = torch.func
 
@@ -688,7 +688,7 @@ def test_functional_transforms(compiled, call, tensors):
         torch.testing.assert_close(result, func.grad(scalar)(*entry))
 
 
-def test_vmap_over_some_arguments(compiled, generator):
+def test_vmap_over_some_arguments(generator):
     """Scores and targets, scores alone, targets alone; without a batch dimension, too."""
     x = torch.randn((3, 6, 5), generator=generator, dtype=torch.float64)
     t = torch.randint(5, (3, 6), generator=generator)
@@ -719,13 +719,12 @@ def test_vmap_over_some_arguments(compiled, generator):
     )
 
 
-@pytest.mark.parametrize("engine", ["eager", "aot_eager"])
 @every_call
-def test_compile(compiled, engine, call, tensors):
+def test_compile(call, tensors):
     """One graph, no break; loss and gradients as in eager code."""
     torch.compiler.reset()
     found = []
-    for function in (call, torch.compile(call, fullgraph=True, backend=engine)):
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
         leaves = leaves_of(tensors)
         result = function(*leaves)
         result.square().sum().backward()
@@ -734,7 +733,7 @@ def test_compile(compiled, engine, call, tensors):
         torch.testing.assert_close(in_graph, eager)
 
 
-def test_compile_with_changing_shapes_and_errors(compiled):
+def test_compile_with_changing_shapes_and_errors():
     torch.compiler.reset()
     loss = torch.compile(ft.cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
     for n in (3, 5, 17):
@@ -749,17 +748,17 @@ def test_compile_with_changing_shapes_and_errors(compiled):
 
 
 @every_call
-def test_operators_are_registered_right(compiled, call, tensors):
+def test_operators_are_registered_right(call, tensors):
     """Schema, fake kernels and autograd, as PyTorch's own checks of operators see them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    graph = make_fx(lambda *ts: call(*ts), tracing_mode="fake")(*tensors)
+    graph = make_fx(lambda *ts: call(*ts))(*tensors)
     targets = {node.target for node in graph.graph.nodes if node.op == "call_function"}
     operators = [t for t in targets if str(t).startswith("fastloss.")]
     assert operators
     torch.testing.assert_close(graph(*tensors), call(*tensors))
-    with FakeTensorMode() as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = call(*(mode.from_tensor(t) for t in tensors))
     real = call(*tensors)
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
@@ -778,14 +777,14 @@ def test_opcheck(compiled, generator):
         torch.library.opcheck(getattr(torch.ops.fastloss, name).default, arguments)
 
 
-def test_export(compiled, generator):
+def test_export(generator):
     scores, target, _ = problem(generator, (6, 5), torch.float32, "indices")
     exported = torch.export.export(ft.CrossEntropyLoss(label_smoothing=0.1), (scores, target))
     expected = ft.cross_entropy(scores, target, label_smoothing=0.1)
     torch.testing.assert_close(exported.module()(scores, target), expected)
 
 
-def test_deterministic_algorithms(compiled, generator):
+def test_deterministic_algorithms(generator):
     scores, target, _ = problem(generator, (300, 50), torch.float32, "indices")
     torch.use_deterministic_algorithms(True)
     try:
