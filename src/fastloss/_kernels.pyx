@@ -441,8 +441,8 @@ cdef inline double tiny_of(real unused) noexcept nogil:
 
 
 cdef inline double huge_of(real unused) noexcept nogil:
-    """A quarter of what overflows: sums and differences of two such numbers do not."""
-    return 8.507059173023462e37 if real is float else 4.49423283715579e307
+    """So far from the end of the range that it takes nothing above the largest number there."""
+    return 1.2676506002282294e30 if real is float else 9.9792015476736e291  # 2**100, 2**970
 
 
 cdef inline real pivot_of(real maximum) noexcept nogil:
@@ -813,30 +813,32 @@ cdef inline double sum_lanes(const real* g, Py_ssize_t n) noexcept nogil:
     return fold(lane)
 
 
-cdef inline double half_dot_lanes(const real* a, const real* b, Py_ssize_t n) noexcept nogil:
-    """Half the dot product, which is finite where the whole may be just out of range."""
+cdef inline double dot_lanes(const real* a, const real* b, Py_ssize_t n) noexcept nogil:
     cdef real lane[CHUNK]
-    cdef real half = 0.5
     cdef Py_ssize_t chunk, i, j, whole = n - n % CHUNK
     for j in range(CHUNK):
         lane[j] = 0
     for chunk in range(n // CHUNK):
         i = chunk * CHUNK
         for j in range(CHUNK):
-            lane[j] += a[i + j] * (half * b[i + j])
+            lane[j] += a[i + j] * b[i + j]
     for j in range(n - whole):
-        lane[j] += a[whole + j] * (half * b[whole + j])
+        lane[j] += a[whole + j] * b[whole + j]
     return fold(lane)
 
 
-cdef inline double far_sum(const real* g, Py_ssize_t step, Py_ssize_t n) noexcept nogil:
-    """FAR_UNIT times the sum, in float64: what overflows elsewhere does not here."""
+cdef inline double far_sum(
+    Operation operation, const real* g, const real* p, Py_ssize_t step, Py_ssize_t n
+) noexcept nogil:
+    """FAR_UNIT times the sum of g, or, for softmax_backward, of g p: what overflows elsewhere."""
     cdef double lane[CHUNK]
+    cdef double term
     cdef Py_ssize_t j
     for j in range(CHUNK):
         lane[j] = 0.0
     for j in range(n):
-        lane[j % CHUNK] += FAR_UNIT * g[j * step]
+        term = FAR_UNIT * g[j * step]
+        lane[j % CHUNK] += term * p[j * step] if operation == SOFTMAX_BACKWARD else term
     return fold(lane)
 
 
@@ -1402,17 +1404,14 @@ cdef void soft_sums(
 cdef void backward_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
-    """softmax_backward: p (g - sum g p); log_softmax_backward: g - exp(l) sum g.
-
-    The first is 2 p (g / 2 - sum g p / 2), whose difference cannot overflow.
-    """
+    """softmax_backward: p (g - sum g p); log_softmax_backward: g - exp(l) sum g."""
     cdef real* kept = kept_rows(job, unit, scratch)
     cdef const char* forward
     cdef const char* upstream
     cdef const real* p
     cdef const real* g
     cdef real* result
-    cdef real f, shrink, pivot, magic, lowest, m, half = 0.5
+    cdef real f, shrink, pivot, magic, lowest, m
     cdef double total, unit_m
     cdef bint far
     cdef Py_ssize_t i, b, c, j, width, first = unit * job.group, n = rows_in_unit(job, unit)
@@ -1426,22 +1425,23 @@ cdef void backward_rows(
             g = load_block(job.storage, upstream, c, width, scratch)
             if operation == SOFTMAX_BACKWARD:
                 p = load_block(job.storage, forward, c, width, scratch + BLOCK)
-                total += half_dot_lanes(g, p, width)
+                total += dot_lanes(g, p, width)
             else:
                 total += sum_lanes(g, width)
         f = <real>total
         m = pivot = magic = lowest = shrink = 0
-        far = False
+        far = is_far(total, m)
+        if far:
+            total = 0.0
+            for b in range(blocks_in(job.num_classes)):
+                c = b * BLOCK
+                width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+                g = load_block(job.storage, upstream, c, width, scratch)
+                p = load_block(job.storage, forward, c, width, scratch + BLOCK)
+                total += far_sum(operation, g, p, 1, width)
         if operation == LOG_SOFTMAX_BACKWARD:
             m = reference_above(largest_of_row(job, forward, scratch))
             unit_m = unit_of(m)
-            far = is_far(total, m)
-            if far:
-                total = 0.0
-                for b in range(blocks_in(job.num_classes)):
-                    c = b * BLOCK
-                    width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-                    total += far_sum(load_block(job.storage, upstream, c, width, scratch), 1, width)
             shrink = shrink_for(total * unit_m, m)
             f = <real>(total / shrink * unit_m)
             pivot, magic = pivot_of(m), magic_of(m)
@@ -1452,11 +1452,11 @@ cdef void backward_rows(
             g = load_block(job.storage, upstream, c, width, scratch)
             p = load_block(job.storage, forward, c, width, scratch + BLOCK)
             result = kept + i * job.row_step + c
-            if operation == SOFTMAX_BACKWARD:
+            if far:
+                far_difference(operation, g, p, result, 1, width, m, total)
+            elif operation == SOFTMAX_BACKWARD:
                 for j in range(width):
-                    result[j] = (p[j] + p[j]) * (half * g[j] - f)
-            elif far:
-                far_difference(g, p, result, 1, width, m, total)
+                    result[j] = p[j] * (g[j] - f)
             else:
                 for j in range(width):
                     result[j] = less(exponential(p[j], pivot, magic, lowest) * shrink, f, g[j])
@@ -1501,16 +1501,21 @@ cdef inline bint is_far(double total, real unused) noexcept nogil:
 
 
 cdef void far_difference(
-    const real* g, const real* log_p, real* result, Py_ssize_t step, Py_ssize_t n, real m,
-    double total,
+    Operation operation, const real* g, const real* forward, real* result, Py_ssize_t step,
+    Py_ssize_t n, real m, double total,
 ) noexcept nogil:
-    """g - exp(log_p) total / FAR_UNIT, by way of float64 numbers that do not overflow."""
+    """What backward_rows says, the sum being total / FAR_UNIT, in float64 and without overflow."""
     cdef real pivot = pivot_of(m), magic = magic_of(m), lowest = lowest_of(magic)
-    cdef double unit = unit_of(m), p
+    cdef double unit, value
     cdef Py_ssize_t j
+    unit = unit_of(m) if operation == LOG_SOFTMAX_BACKWARD else 1.0
     for j in range(n):
-        p = unit * exponential(log_p[j * step], pivot, magic, lowest)
-        result[j * step] = <real>((FAR_UNIT * g[j * step] - p * total) / FAR_UNIT)
+        value = FAR_UNIT * g[j * step]
+        if operation == SOFTMAX_BACKWARD:
+            value = forward[j * step] * (value - total)
+        else:
+            value -= unit * exponential(forward[j * step], pivot, magic, lowest) * total
+        result[j * step] = <real>(value / FAR_UNIT)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1896,7 +1901,6 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
     cdef real f[LANES]
     cdef real shrink[LANES]
     cdef real lane[LANES]
-    cdef real half = 0.5
     cdef double total[LANES]
     cdef double unit_m
     cdef Py_ssize_t c, j, step = job.step
@@ -1906,7 +1910,7 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
     for c in range(job.num_classes):
         if operation == SOFTMAX_BACKWARD:
             for j in range(LANES):
-                lane[j] += g[c * step + j] * (half * p[c * step + j])
+                lane[j] += g[c * step + j] * p[c * step + j]
         else:
             for j in range(LANES):
                 lane[j] += g[c * step + j]
@@ -1916,16 +1920,25 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
                 lane[j] = 0
     for j in range(LANES):
         total[j] += lane[j]
-        f[j] = <real>total[j]
+        maximum[j] = 0
     if operation == LOG_SOFTMAX_BACKWARD:
         largest_in_lanes(job, p, maximum)
         for j in range(LANES):
             maximum[j] = reference_above(maximum[j])
+    for j in range(LANES):
+        if is_far(total[j], lane[j]):
+            # The result takes the place of g, and what follows leaves that alone.
+            total[j] = far_sum(operation, g + j, p + j, step, job.num_classes)
+            far_difference(operation, g + j, p + j, g + j, step, job.num_classes, maximum[j],
+                           total[j])
+            if operation == SOFTMAX_BACKWARD:
+                for c in range(job.num_classes):
+                    p[c * step + j] = 1
+            total[j] = 0.0
+        f[j] = <real>total[j]
+    if operation == LOG_SOFTMAX_BACKWARD:
+        for j in range(LANES):
             unit_m = unit_of(maximum[j])
-            if is_far(total[j], lane[j]):  # the result takes the place of g, and 0 leaves it alone
-                far_difference(g + j, p + j, g + j, step, job.num_classes, maximum[j],
-                               far_sum(g + j, step, job.num_classes))
-                total[j] = 0.0
             shrink[j] = shrink_for(total[j] * unit_m, maximum[j])
             f[j] = <real>(total[j] / shrink[j] * unit_m)
             pivot[j] = pivot_of(maximum[j])
@@ -1934,8 +1947,7 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
     for c in range(job.num_classes):
         if operation == SOFTMAX_BACKWARD:
             for j in range(LANES):
-                p[c * step + j] = (p[c * step + j] + p[c * step + j]) * (
-                    half * g[c * step + j] - f[j])
+                p[c * step + j] *= g[c * step + j] - f[j]
         else:
             for j in range(LANES):
                 p[c * step + j] = less(

@@ -408,8 +408,8 @@ def _tiny_of(numbers):
 
 @_inline
 def _huge_of(numbers):
-    """A quarter of what overflows: sums and differences of two such numbers do not."""
-    return 8.507059173023462e37 if numbers.itemsize == 4 else 4.49423283715579e307
+    """So far from the end of the range that it takes nothing above the largest number there."""
+    return 2.0**100 if numbers.itemsize == 4 else 2.0**970
 
 
 @_inline
@@ -869,23 +869,22 @@ def _sum(e):
 
 
 @_summing
-def _half_dot(a, b):
-    """Half the dot product, which is finite where the whole may be just out of range."""
-    half = a.dtype.type(0.5)
+def _dot(a, b):
     total = a.dtype.type(0)
     for i in range(a.size):
-        total += a[i] * (half * b[i])
+        total += a[i] * b[i]
     return np.float64(total)
 
 
 @_inline
-def _far_sum(g, step, n):
-    """FAR_UNIT times the sum, in float64: what overflows elsewhere does not here."""
+def _far_sum(g, p, step, n, log_probs):
+    """FAR_UNIT times the sum of g, or without log_probs of g p: what overflows elsewhere."""
     total = 0.0
     for start in range(0, n, CHUNK):
         part = 0.0
         for i in range(start, min(start + CHUNK, n)):
-            part += FAR_UNIT * g[i * step]
+            factor = 1.0 if log_probs else np.float64(p[i * step])
+            part += FAR_UNIT * np.float64(g[i * step]) * factor
         total += part
     return total
 
@@ -2005,11 +2004,9 @@ def _cross_entropy_soft_share(
 
 
 @_inline
-def _softmax_vjp(g, p, half_total, result):
-    """2 p (g / 2 - sum g p / 2), whose difference cannot overflow."""
-    half = result.dtype.type(0.5)
+def _softmax_vjp(g, p, total, result):
     for i in range(result.size):
-        result[i] = (p[i] + p[i]) * (half * g[i] - half_total)
+        result[i] = p[i] * (g[i] - total)
 
 
 @_inline
@@ -2032,11 +2029,18 @@ def _is_far(total, numbers):
 
 
 @_inline
-def _far_difference(g, log_p, result, step, n, pivot, magic, lowest, unit, total):
-    """g - exp(log_p) total / FAR_UNIT, by way of float64 numbers that do not overflow."""
+def _far_difference(
+    g, forward, result, step, n, pivot, magic, lowest, unit, total, log_probs
+):  # fmt: skip
+    """What _backward_share says, the sum being total / FAR_UNIT, in float64, without overflow."""
     for i in range(n):
-        p = unit * np.float64(_exponential(log_p[i * step], pivot, magic, lowest))
-        result[i * step] = (FAR_UNIT * np.float64(g[i * step]) - p * total) / FAR_UNIT
+        value = FAR_UNIT * np.float64(g[i * step])
+        if log_probs:
+            e = _exponential(forward[i * step], pivot, magic, lowest)
+            value -= unit * np.float64(e) * total
+        else:
+            value = np.float64(forward[i * step]) * (value - total)
+        result[i * step] = value / FAR_UNIT
 
 
 @_inline
@@ -2065,13 +2069,15 @@ def _backward_rows(g, p, out, r, scratch, first, n, num_classes, step, storage, 
             if log_probs:
                 total += _sum(upstream)
             else:
-                total += _half_dot(upstream, _load(p, start + c, width, line, storage))
-        far = log_probs and _is_far(total, scratch)
+                total += _dot(upstream, _load(p, start + c, width, line, storage))
+        far = _is_far(total, scratch)
         if far:
             total = 0.0
             for c in range(0, num_classes, BLOCK):
                 width = min(BLOCK, num_classes - c)
-                total += _far_sum(_load(g, start + c, width, buffer, storage), 1, width)
+                upstream = _load(g, start + c, width, buffer, storage)
+                forward = _load(p, start + c, width, line, storage)
+                total += _far_sum(upstream, forward, 1, width, log_probs)
         pivot, magic, lowest, unit = _reference(real(r[MAXIMUM + i] if log_probs else 0.0))
         shrink = _shrink_for(total * unit, scratch) if log_probs else real(1)
         f = real(total / shrink * unit) if log_probs else real(total)
@@ -2082,8 +2088,9 @@ def _backward_rows(g, p, out, r, scratch, first, n, num_classes, step, storage, 
             result = kept[i * num_classes + c : i * num_classes + c + width]
             if far:
                 _far_difference(
-                    upstream, forward, result, 1, width, pivot, magic, lowest, unit, total
-                )
+                    upstream, forward, result, 1, width, pivot, magic, lowest, unit, total,
+                    log_probs,
+                )  # fmt: skip
             elif log_probs:
                 _log_softmax_vjp(upstream, forward, pivot, magic, lowest, shrink, f, result)
             else:
@@ -2096,7 +2103,6 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
     pivot, magic, lowest = _lanes(tile), _lanes(tile), _lanes(tile)
     lane, f, shrink = _lanes(tile), _lanes(tile), _lanes(tile)
     real = tile.dtype.type
-    half = real(0.5)
     for j in range(LANES):
         lane[j] = 0
         r[OTHERS + j] = 0.0
@@ -2104,7 +2110,7 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
         forward = tile[c * step : c * step + LANES]
         upstream = upstreams[c * step : c * step + LANES]
         for j in range(LANES):
-            lane[j] += upstream[j] if log_probs else upstream[j] * (half * forward[j])
+            lane[j] += upstream[j] if log_probs else upstream[j] * forward[j]
         if c % RUN == RUN - 1 or c == num_classes - 1:
             for j in range(LANES):
                 r[OTHERS + j] += np.float64(lane[j])
@@ -2114,12 +2120,16 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
     for j in range(LANES):
         pivot[j], magic[j], lowest[j], unit = _reference(real(r[MAXIMUM + j] if log_probs else 0.0))
         total = r[OTHERS + j]
-        if log_probs and _is_far(total, tile):
-            g = upstreams[j:]  # the result takes its place, and a total of 0 leaves it alone
+        if _is_far(total, tile):
+            # The result takes the place of g, and what follows leaves that alone.
+            g, forward = upstreams[j:], tile[j:]
+            total = _far_sum(g, forward, step, num_classes, log_probs)
             _far_difference(
-                g, tile[j:], g, step, num_classes, pivot[j], magic[j], lowest[j], unit,
-                _far_sum(g, step, num_classes),
+                g, forward, g, step, num_classes, pivot[j], magic[j], lowest[j], unit, total,
+                log_probs,
             )  # fmt: skip
+            for c in range(0 if log_probs else num_classes):
+                forward[c * step] = 1
             total = 0.0
         shrink[j] = _shrink_for(total * unit, tile) if log_probs else real(1)
         f[j] = total / shrink[j] * unit if log_probs else total
@@ -2132,7 +2142,7 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
                 forward[j] = _less(e * shrink[j], f[j], upstream[j])
         else:
             for j in range(LANES):
-                forward[j] = (forward[j] + forward[j]) * (half * upstream[j] - f[j])
+                forward[j] = forward[j] * (upstream[j] - f[j])
 
 
 @_entry

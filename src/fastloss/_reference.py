@@ -55,14 +55,16 @@ def logsumexp(logits, out, num_threads):
 def softmax_backward(grad_output, probs, out, num_threads):
     g, p = _float64(grad_output), _float64(probs)
     with np.errstate(all="ignore"):
-        # Half of the difference, and twice p: that cannot overflow.
-        _round_to(out, 2 * p * (g / 2 - _sum(g * (p / 2))))
+        # In extended precision where the platform has it: float64 may not hold the difference.
+        total = (g.astype(np.longdouble) * p).sum(axis=1, keepdims=True)
+        _round_to(out, (p * (g - total)).astype(np.float64))
 
 
 def log_softmax_backward(grad_output, log_probs, out, num_threads):
     g, log_p = _float64(grad_output), _float64(log_probs)
     with np.errstate(all="ignore"):
-        total = g.sum(axis=1, keepdims=True, dtype=np.longdouble)  # which float64 may not hold
+        # In extended precision where the platform has it: float64 may not hold the sum.
+        total = g.sum(axis=1, keepdims=True, dtype=np.longdouble)
         _round_to(out, (g - np.exp(log_p) * total).astype(np.float64))
 
 
