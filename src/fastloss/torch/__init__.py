@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
         "fastloss.torch needs PyTorch: run `pip install 'fastloss[torch]'`", name="torch"
     ) from error
 
+from fastloss.torch.distributed import vocab_parallel_cross_entropy
 from fastloss.torch.functional import cross_entropy, log_softmax, nll_loss, softmax
 from fastloss.torch.modules import CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
 
@@ -34,4 +35,5 @@ __all__ = [
     "log_softmax",
     "nll_loss",
     "softmax",
+    "vocab_parallel_cross_entropy",
 ]
