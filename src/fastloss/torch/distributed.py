@@ -321,7 +321,9 @@ def _check_layout(starts: list[int], sizes: list[int]) -> int:
                 if number
             )
             what = "overlap" if start < end else "leave a gap"
-            raise ValueError(f"the classes of the ranks {what} at class {min(start, end)}: {shards}")
+            raise ValueError(
+                f"the classes of the ranks {what} at class {min(start, end)}: {shards}"
+            )
         end += size
     if not end:
         raise ValueError("logits_shard has no classes on any rank of the group")
