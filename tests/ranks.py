@@ -1,4 +1,4 @@
-"""What a rank does in the tests of several processes: `python ranks.py SCENARIO DIRECTORY RANK SIZE`.
+"""What a rank does in the tests of several processes: python ranks.py SCENARIO DIRECTORY RANK SIZE.
 
 It leaves what it found in DIRECTORY; the tests judge.
 """

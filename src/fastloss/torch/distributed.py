@@ -131,7 +131,7 @@ class _Shard(NamedTuple):
             "the dtype of logits_shard": str(self.scores.dtype),
             # Each may compute by a backend of its own.
             **self.options._replace(backend=None)._asdict(),
-            "target": zlib.crc32(np.ascontiguousarray(self.target.numpy())),
+            "target": zlib.crc32(self.target.numpy().tobytes()),
         }
 
 
