@@ -19,15 +19,25 @@ from fastloss.functional import (
     softmax,
     softmax_backward,
 )
+from fastloss.linear import (
+    LinearGradients,
+    l2_penalty,
+    linear_cross_entropy,
+    linear_cross_entropy_with_grad,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearGradients",
     "available_backends",
     "cross_entropy",
     "cross_entropy_with_grad",
     "get_backend",
     "get_num_threads",
+    "l2_penalty",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_grad",
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",

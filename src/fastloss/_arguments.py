@@ -5,8 +5,10 @@ byte order, indices in range.  Whatever lies densely in memory reaches that form
 whichever order its axes lie; only gaps, overlaps and foreign byte orders cost a copy.
 """
 
+import itertools
 import math
 import operator
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
@@ -279,6 +281,27 @@ def reduction(value: Any, normalizer: Any) -> float | None:
     return number
 
 
+def l2(value: Any, reduction: str = "mean") -> float:
+    number = _real(value, "l2")
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"l2 = {number} is not a finite number of at least 0")
+    if number and reduction == "none":
+        raise ValueError(f"l2 = {number} belongs to no single row; reduction = 'none'")
+    return number
+
+
+def chunk_rows(value: Any) -> int | None:
+    if value is None:
+        return None
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"chunk_rows = {value!r} is not an integer") from None
+    if count < 1:
+        raise ValueError(f"chunk_rows = {count} is less than 1")
+    return count
+
+
 def _real(value: Any, name: str) -> float:
     if type(value) is float:
         return value
@@ -323,6 +346,7 @@ def output(
     dtype: np.dtype,
     inputs: Iterable[np.ndarray | None],
     in_place: Iterable[np.ndarray] = (),
+    name: str = "out",
 ) -> Output:
     """The array to write, new or the user's own.
 
@@ -340,17 +364,17 @@ def output(
     if type(out) is not np.ndarray and (
         not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray)
     ):
-        raise TypeError(f"out is a {type(out).__name__}, expected a numpy.ndarray")
+        raise TypeError(f"{name} is a {type(out).__name__}, expected a numpy.ndarray")
     if out.dtype != dtype:
-        raise TypeError(f"out has dtype {out.dtype}, expected {dtype}")
+        raise TypeError(f"{name} has dtype {out.dtype}, expected {dtype}")
     if out.shape != shape:
-        raise ValueError(f"out has shape {out.shape}, expected {shape}")
+        raise ValueError(f"{name} has shape {out.shape}, expected {shape}")
     flags = out.flags
     if not flags.writeable:
-        raise ValueError("out is read-only")
+        raise ValueError(f"{name} is read-only")
     if not flags.c_contiguous and _may_overlap_itself(out):
         raise ValueError(
-            f"out of shape {shape} has strides {out.strides}, by which elements may share memory"
+            f"{name} of shape {shape} has strides {out.strides}, by which elements may share memory"
         )
     in_memory = out if order is None else out.transpose(order)
     if in_memory.flags.c_contiguous and flags.aligned and out.dtype.isnative:
@@ -378,3 +402,143 @@ def _same_or_apart(a: np.ndarray, b: np.ndarray) -> bool:
         return True
     address = a.__array_interface__["data"][0]
     return a.nbytes == b.nbytes and address == b.__array_interface__["data"][0]
+
+
+class Linear(NamedTuple):
+    """A linear layer: its arrays, and stand-ins for what has the shape of its scores."""
+
+    inputs: Any  # (N, D), or a CSR matrix
+    weight: np.ndarray  # (C, D)
+    bias: np.ndarray | None
+    inputs_shape: tuple[int, ...]  # as the user sees it
+    scores: Logits  # (..., C), without memory
+
+    @property
+    def sparse(self) -> bool:
+        return not isinstance(self.inputs, np.ndarray)
+
+
+def linear(inputs: Any, weight: ArrayLike, bias: ArrayLike | None) -> Linear:
+    """Check the three arrays of a linear layer against one another."""
+    x = _csr(inputs)
+    if x is None:
+        x = float_array(inputs, "inputs")
+    if x.dtype not in (_FLOAT32, _FLOAT64):
+        raise TypeError(f"inputs has dtype {x.dtype}; expected float32 or float64")
+    if x.ndim == 0:
+        raise ValueError("inputs is a scalar; it needs an axis of features")
+    w = linear_weight(weight)
+    shape = x.shape
+    if w.shape[1] != shape[-1]:
+        raise ValueError(
+            f"linear_weight has shape {w.shape}, expected (C, {shape[-1]}) for inputs of "
+            f"shape {shape}"
+        )
+    if w.shape[0] == 0:
+        raise ValueError(f"linear_weight of shape {w.shape} has no classes")
+    b = None if bias is None else linear_bias(bias, w)
+    for array, name in ((w, "linear_weight"), (b, "linear_bias")):
+        if array is not None and array.dtype != x.dtype:
+            raise TypeError(
+                f"{name} has dtype {array.dtype}, expected {x.dtype}, the dtype of inputs"
+            )
+    if not w.flags.c_contiguous and not w.flags.f_contiguous:
+        w = np.ascontiguousarray(w)  # which BLAS would else do for every chunk
+    rows = math.prod(shape[:-1])
+    if isinstance(x, np.ndarray):
+        x = x.reshape(rows, shape[-1])
+    return Linear(x, w, b, shape, _scores(shape[:-1], w.shape[0], x.dtype))
+
+
+def linear_weight(value: ArrayLike) -> np.ndarray:
+    weight = float_array(value, "linear_weight")
+    if weight.ndim != 2:
+        raise ValueError(f"linear_weight has shape {weight.shape}, expected (C, D)")
+    return weight
+
+
+def linear_bias(value: ArrayLike, weight: np.ndarray) -> np.ndarray:
+    bias = float_array(value, "linear_bias")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear_bias has shape {bias.shape}, expected {weight.shape[:1]} for "
+            f"linear_weight of shape {weight.shape}"
+        )
+    return np.ascontiguousarray(bias)
+
+
+def _csr(value: Any) -> Any:
+    """A sparse matrix or array of SciPy in its row format; None for anything else."""
+    sparse = sys.modules.get("scipy.sparse")  # without it, nobody has made a sparse matrix
+    if sparse is None or not sparse.issparse(value):
+        return None
+    if value.ndim != 2:
+        raise ValueError(f"inputs has shape {value.shape}, expected (N, D) of a sparse matrix")
+    return value.tocsr()
+
+
+def _scores(shape: tuple[int, ...], num_classes: int, dtype: np.dtype) -> Logits:
+    """Scores that never exist: for the checks, which look at shapes and dtypes alone."""
+    nothing = np.zeros((), dtype)
+    array = np.broadcast_to(nothing, (*shape, num_classes))
+    normal = np.broadcast_to(nothing, (math.prod(shape), num_classes, 1))
+    return Logits(array, normal, len(shape), None)
+
+
+def linear_outputs(
+    out: Any,
+    layer: Linear,
+    inputs_grad: bool,
+    accumulate: bool,
+    inputs: tuple[np.ndarray | None, ...],
+) -> list[Output | None]:
+    """Where the gradients of a linear layer go: weight, bias and inputs, as far as asked for."""
+    if inputs_grad and layer.sparse:
+        raise ValueError("inputs_grad = True, but the gradient of sparse inputs is dense")
+    if accumulate and out is None:
+        raise ValueError("accumulate = True, but there is no out to add to")
+    given = (None, None, None) if out is None else out
+    if not isinstance(given, tuple) or len(given) != 3:
+        raise TypeError(f"out is a {type(out).__name__}, expected LinearGradients")
+
+    read = (*inputs, layer.weight, layer.bias, None if layer.sparse else layer.inputs)
+    shape = layer.weight.shape
+    parts = (
+        ("out.linear_weight", shape, shape, None),
+        ("out.linear_bias", shape[:1], shape[:1], layer.bias is None and "there is no linear_bias"),
+        (
+            "out.inputs",
+            layer.inputs_shape,
+            layer.inputs.shape,
+            not inputs_grad and "inputs_grad = False",
+        ),
+    )
+    outputs: list[Output | None] = []
+    for array, (name, shape, flat, reason) in zip(given, parts, strict=True):
+        if reason:
+            if array is not None:
+                raise ValueError(f"{name} is given, but {reason}")
+            outputs.append(None)
+            continue
+        rows = Rows(shape, flat, None)
+        outputs.append(output(array, rows, layer.weight.dtype, read, name=name))
+    _refuse_shared_memory({part[0]: array for part, array in zip(parts, given, strict=True)})
+    if accumulate:
+        for array, taken in zip(given, outputs, strict=True):
+            if taken is not None:
+                _take_over(array, taken)
+    return outputs
+
+
+def _refuse_shared_memory(arrays: dict[str, np.ndarray | None]) -> None:
+    for (a, first), (b, second) in itertools.combinations(arrays.items(), 2):
+        if first is not None and second is not None and np.may_share_memory(first, second):
+            raise ValueError(f"{a} and {b} share memory")
+
+
+def _take_over(array: np.ndarray | None, output: Output) -> None:
+    """What is to be added to: zeros where there is nothing yet."""
+    if array is None:
+        output.normal.fill(0)
+    elif output.detour:
+        output.normal[...] = array.reshape(output.normal.shape)

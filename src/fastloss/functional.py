@@ -1,6 +1,7 @@
 """The public functions: check, allocate, call the kernel, reduce."""
 
 import math
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -548,40 +549,26 @@ def _loss(
     """What the losses share: check, find the divisor, allocate, call the kernel, reduce."""
     kernels = _backend.resolve(backend)
     x = _arguments.logits(scores, axis, name)
-    rows = x.rows
     threads = _threads.threads_for(num_threads, x.array.size, kernels)
     divisor = _arguments.reduction(reduction, normalizer)
     ignored = _arguments.ignore_index(ignore_index)
-    w = _arguments.class_weight(weight, x)
-    s = _arguments.sample_weight(sample_weight, rows)
-    t = _arguments.target(target, x, rows, probabilities=kernel == "cross_entropy")
-
-    arguments: tuple[Any, ...]
-    if t.dtype.kind in "iu":
-        num_classes = x.normal.shape[1]
-        indices = t
-        if ignored == _LARGEST_INT64 and t.dtype == np.uint64:
-            t = t.view(np.int64)  # kernels read all that an int64 does not hold as its largest
-        bad, total_weight = kernels.check_target(t, w, s, num_classes, ignored, threads)
-        if bad >= 0:
-            _arguments.raise_target_out_of_range(indices, rows, num_classes, bad)
-        arguments = (x.normal, t, w, s, ignored, *options)
-    else:
-        _arguments.refuse_ignore_index(ignored)
-        total_weight = float(t.size // t.shape[1] if s is None else s.sum())
+    arguments, total_weight, soft = check_labels(
+        kernels, x, target, weight, sample_weight, ignored, options, kernel == "cross_entropy",
+        threads,
+    )  # fmt: skip
+    if soft:
         kernel += "_soft"
-        arguments = (x.normal, t, w, s, *options)
 
     if divisor is None:
         divisor = total_weight if reduction == "mean" else 1.0
     scale = 1.0 / divisor if divisor else 0.0
     grad = losses = None
     if with_grad:
-        grad = _arguments.output(out, x, x.array.dtype, (t, w, s), in_place=(x.normal,))
+        grad = _arguments.output(out, x, x.array.dtype, arguments[:3], in_place=(x.normal,))
     if reduction == "none":
-        losses = _arguments.output(None, rows, x.compute_dtype, ())
+        losses = _arguments.output(None, x.rows, x.compute_dtype, ())
     total = getattr(kernels, kernel)(
-        *arguments, scale, losses and losses.normal, grad and grad.normal, threads
+        x.normal, *arguments, scale, losses and losses.normal, grad and grad.normal, threads
     )
     if grad is not None and scale == 0.0:  # no row counts, not even one that holds a NaN
         grad.normal.fill(0)
@@ -591,3 +578,36 @@ def _loss(
     else:
         loss = total / divisor if divisor else math.nan
     return loss, grad and grad.deliver()
+
+
+def check_labels(
+    kernels: ModuleType,
+    x: _arguments.Logits,
+    target: ArrayLike,
+    weight: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    ignored: int,
+    options: tuple[float, ...],
+    probabilities: bool,
+    threads: int,
+) -> tuple[tuple[Any, ...], float, bool]:
+    """What a kernel takes between scores and scale: target, weights, options.
+
+    And the divisor of the mean, and whether the target holds probabilities.
+    """
+    rows = x.rows
+    w = _arguments.class_weight(weight, x)
+    s = _arguments.sample_weight(sample_weight, rows)
+    t = _arguments.target(target, x, rows, probabilities)
+    if t.dtype.kind not in "iu":
+        _arguments.refuse_ignore_index(ignored)
+        total_weight = float(t.size // t.shape[1] if s is None else s.sum())
+        return (t, w, s, *options), total_weight, True
+    num_classes = x.normal.shape[1]
+    indices = t
+    if ignored == _LARGEST_INT64 and t.dtype == np.uint64:
+        t = t.view(np.int64)  # kernels read all that an int64 does not hold as its largest
+    bad, total_weight = kernels.check_target(t, w, s, num_classes, ignored, threads)
+    if bad >= 0:
+        _arguments.raise_target_out_of_range(indices, rows, num_classes, bad)
+    return (t, w, s, ignored, *options), total_weight, False

@@ -23,7 +23,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 from fastloss.torch.distributed import vocab_parallel_cross_entropy
-from fastloss.torch.functional import cross_entropy, log_softmax, nll_loss, softmax
+from fastloss.torch.functional import (
+    cross_entropy,
+    linear_cross_entropy,
+    log_softmax,
+    nll_loss,
+    softmax,
+)
 from fastloss.torch.modules import CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
 
 __all__ = [
@@ -32,6 +38,7 @@ __all__ = [
     "NLLLoss",
     "Softmax",
     "cross_entropy",
+    "linear_cross_entropy",
     "log_softmax",
     "nll_loss",
     "softmax",

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastloss import _arguments, _backend
-from fastloss.torch import _ops
+from fastloss.torch import _compute
 from fastloss.torch import functional as F
+from fastloss.torch._compute import Inputs, Options, compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -123,7 +124,7 @@ class _Shard(NamedTuple):
     target: Tensor  # (rows,), int64
     start: int
     shape: tuple[int, ...]  # of the rows
-    options: _ops.Options
+    options: Options
 
     def description(self) -> dict[str, Any]:
         return {
@@ -179,7 +180,7 @@ class _Loss(torch.autograd.Function):
             loss = loss.reshape(shard.shape)
         else:
             loss = loss.sum() / ctx.divisor
-        return loss.to(_ops.compute_dtype(shard.scores.dtype))
+        return loss.to(compute_dtype(shard.scores.dtype))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
@@ -196,10 +197,11 @@ class _Loss(torch.autograd.Function):
         scores = _matrix(logits_shard, kept.numel())
         grad = torch.empty(0, dtype=scores.dtype)
         if scores.numel():
-            weight = torch.where(kept, r * a * (total * f / s), 0)
-            grad = _scaled_softmax(scores, torch.where(kept, top, 0), weight, options.backend)
+            # The shard's own probabilities, but at `top`, times what they count among all.
+            inputs = _inputs(scores, top, kept & (total != 0))
+            grad = _compute.gradient(r * a * (total * f / s), inputs, _own(options.backend))
             if u:
-                grad.sub_((r * u).to(_ops.compute_dtype(grad.dtype)).unsqueeze(1))
+                grad.sub_((r * u).to(compute_dtype(grad.dtype)).unsqueeze(1))
             # The kernel had the largest score for a target, and the target for just any class.
             _put(grad, top, r * (a * (f / s) - u), kept)
             _put(grad, y, r * _at_target(a, e_y / s, others / s, 1 - e + u, e - u + z_slope), owned)
@@ -253,12 +255,11 @@ def _check(
     normalizer: Any,
     backend: Any,
 ) -> _Shard:
-    for name, tensor in (("logits_shard", logits_shard), ("target", target)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
-    if problem := F._unsuited(logits_shard=logits_shard, target=target):
+    if problem := F._unsuited({"logits_shard": logits_shard, "target": target}):
         raise TypeError(problem)
-    F._check_float("logits_shard", logits_shard)
+    if logits_shard.dtype not in F._FLOATS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in F._FLOATS)
+        raise TypeError(f"logits_shard has dtype {logits_shard.dtype}; expected one of {names}")
     if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
         raise TypeError(f"target has dtype {target.dtype}; expected integers, the class indices")
     if not logits_shard.dim():
@@ -276,7 +277,8 @@ def _check(
     if not 0 <= start < 1 << 62:
         raise ValueError(f"vocab_start = {start} is out of range; it must be at least 0")
     divisor = _arguments.reduction(reduction, normalizer)
-    options = _ops.Options(
+    options = Options(
+        "cross_entropy",
         _arguments.ignore_index(ignore_index),
         _arguments.label_smoothing(label_smoothing),
         _arguments.z_loss(z_loss),
@@ -338,7 +340,7 @@ def _check_range(shard: _Shard, kept: Tensor, num_classes: int) -> None:
         _arguments.raise_target_out_of_range(shard.target.numpy(), rows, num_classes, place)
 
 
-def _divisor(options: _ops.Options, kept: Tensor) -> float:
+def _divisor(options: Options, kept: Tensor) -> float:
     if options.reduction != "mean":
         return 1.0
     return float(kept.sum()) if options.normalizer is None else options.normalizer
@@ -362,7 +364,8 @@ def _reduce(shard: _Shard) -> _Rows:
 
     top = _argmax(scores)
     # From the loss with the largest score for a target: exact where that score is all there is.
-    log_total = _losses(scores, top, kept, 0.0, shard.options.backend)
+    inputs, backend = _inputs(scores, top, kept), shard.options.backend
+    log_total = _compute.losses(inputs, _own(backend)).to(torch.float64)
     beside_top = torch.expm1(log_total)
     m = torch.where(kept, _take(scores, top), 0)
     x_y = _take(scores, y)
@@ -370,7 +373,7 @@ def _reduce(shard: _Shard) -> _Rows:
     others = torch.where(owned & (y == top), beside_top, 1 + (beside_top - e_y))
     distance = zeros
     if shard.options.label_smoothing:
-        mean = _losses(scores, top, kept, 1.0, shard.options.backend)
+        mean = _compute.losses(inputs, _own(backend, label_smoothing=1.0)).to(torch.float64)
         distance = num_classes * (mean - log_total)
 
     mute = m == -math.inf
@@ -398,13 +401,14 @@ def _take(scores: Tensor, place: Tensor) -> Tensor:
     return scores.gather(1, place.unsqueeze(1)).squeeze(1).to(torch.float64)
 
 
-def _losses(
-    scores: Tensor, top: Tensor, kept: Tensor, label_smoothing: float, backend: str | None
-) -> Tensor:
-    ignored = _arguments.DEFAULT_IGNORE_INDEX
-    options = _ops.Options(ignored, label_smoothing, 0.0, "none", None, backend)
-    target = torch.where(kept, top, ignored)
-    return _ops.losses("cross_entropy", scores, target, None, None, options).to(torch.float64)
+def _inputs(scores: Tensor, top: Tensor, kept: Tensor) -> Inputs:
+    """The shard by itself, with the largest score of each row for its target."""
+    return Inputs(scores, torch.where(kept, top, _arguments.DEFAULT_IGNORE_INDEX), None, None)
+
+
+def _own(backend: str | None, label_smoothing: float = 0.0) -> Options:
+    ignore_index = _arguments.DEFAULT_IGNORE_INDEX
+    return Options("cross_entropy", ignore_index, label_smoothing, 0.0, "none", None, backend)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -426,19 +430,6 @@ def _combine(shard: _Shard, rows: _Rows, group: Any) -> tuple[Tensor, Tensor, Te
     return M, others, x_y, distance
 
 
-def _scaled_softmax(scores: Tensor, top: Tensor, weight: Tensor, backend: str | None) -> Tensor:
-    """The shard's own probabilities times a weight per row, in one pass; undefined at `top`."""
-    sizes, signs = weight.abs(), torch.ones_like(weight)
-    finite = sizes.isfinite()
-    signs = torch.where(finite, torch.where(weight < 0, -1.0, 1.0), weight)
-    sizes = torch.where(finite, sizes, 1.0)
-    options = _ops.Options(_arguments.DEFAULT_IGNORE_INDEX, 0.0, 0.0, "sum", None, backend)
-    _, grad = _ops._losses_with_gradient("cross_entropy", scores, top, None, sizes, options)
-    if bool((signs != 1).any()):
-        grad.mul_(signs.unsqueeze(1).to(grad.dtype))
-    return grad
-
-
 def _at_target(a: Tensor, p: Tensor, others: Tensor, subtracted: float, rest: Tensor) -> Tensor:
     """a p - subtracted, or the same as rest - a (1 - p): the second unless it cancels more."""
     size = torch.maximum((a * p).abs(), torch.full_like(p, abs(subtracted)))
@@ -448,5 +439,5 @@ def _at_target(a: Tensor, p: Tensor, others: Tensor, subtracted: float, rest: Te
 
 def _put(grad: Tensor, place: Tensor, values: Tensor, where: Tensor) -> None:
     row = where.nonzero().squeeze(1)
-    dtype = _ops.compute_dtype(grad.dtype)
+    dtype = compute_dtype(grad.dtype)
     grad[row, place[row]] = values[row].to(dtype).to(grad.dtype)

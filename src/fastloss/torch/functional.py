@@ -7,9 +7,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastloss import _arguments
-from fastloss.torch import _ops
+from fastloss.torch import _compute, _linear, _ops
+from fastloss.torch._compute import Inputs, Options
+from fastloss.torch._linear import LinearInputs
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_OPTIONAL = ("weight", "sample_weight", "linear_bias")
 
 
 def softmax(
@@ -103,32 +106,24 @@ def _map(
     backend: str | None,
     fallback: bool,
 ) -> Tensor:
-    name = function.__name__
-    if has_torch_function_variadic(input):
-        keywords = {"dtype": dtype, "backend": backend, "fallback": fallback}
-        return handle_torch_function(  # type: ignore[no-any-return]
-            function, (input,), input, dim=dim, **keywords
-        )
+    theirs: dict[str, Any] = {"dim": dim, "dtype": dtype}
+    result = _elsewhere(function, {"input": input}, theirs, {"backend": backend}, fallback)
+    if result is not None:
+        return result
     if dim is None:
-        raise ValueError(f"dim is not given: {name} does not guess the class dimension")
-    if problem := _unsuited(input=input):
-        if fallback:
-            return getattr(torch, name)(input, dim, dtype=dtype)  # type: ignore[no-any-return]
-        raise TypeError(problem)
+        raise ValueError(f"dim is not given, and {function.__name__} does not guess it")
     if dtype is not None:
         input = input.to(dtype)
-    _check_float("input", input)
+    _check_float(input)
     dims = max(input.dim(), 1)
     if not -dims <= dim < dims:
         raise IndexError(f"dim = {dim} is out of range for input of shape {tuple(input.shape)}")
-    log = name == "log_softmax"
+    arguments = (input, function is log_softmax, dim, backend)
     if not _ops.is_eager(input):
-        return _ops.probabilities(log, input, dim, backend)
+        return _ops.probabilities(*arguments)
     if input.requires_grad and torch.is_grad_enabled():
-        return _ops.Probabilities.apply(  # type: ignore[no-any-return, no-untyped-call]
-            log, input, dim, backend
-        )
-    return _ops.compute_probabilities(log, input, dim, backend)
+        return _ops.Probabilities.apply(*arguments)
+    return _compute.probabilities(*arguments)
 
 
 def cross_entropy(
@@ -220,14 +215,18 @@ def cross_entropy(
     >>> logits.grad
     tensor([[-0.2949,  0.2595,  0.0351]])
     """
-    own: dict[str, Any] = {
-        "z_loss": z_loss, "sample_weight": sample_weight, "normalizer": normalizer,
-        "inplace": inplace,
+    refuse_legacy(size_average, reduce)
+    inputs = Inputs(input, target, weight, sample_weight)
+    theirs: dict[str, Any] = {
+        "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing
     }  # fmt: skip
-    return _loss(
-        cross_entropy, input, target, weight, size_average, ignore_index, reduce, reduction,
-        {"label_smoothing": label_smoothing}, own, backend, fallback,
-    )  # fmt: skip
+    own: dict[str, Any] = {
+        "z_loss": z_loss,
+        "normalizer": normalizer,
+        "inplace": inplace,
+        "backend": backend,
+    }
+    return _loss(cross_entropy, inputs, theirs, own, fallback)
 
 
 def nll_loss(
@@ -277,136 +276,237 @@ fallback
     >>> nll_loss(log_softmax(torch.tensor([[5.0, 4.0, 2.0]]), dim=1), torch.tensor([0]))
     tensor(0.3490)
     """
-    own: dict[str, Any] = {"sample_weight": sample_weight, "normalizer": normalizer}
-    return _loss(
-        nll_loss, input, target, weight, size_average, ignore_index, reduce, reduction,
-        {}, own, backend, fallback,
-    )  # fmt: skip
+    refuse_legacy(size_average, reduce)
+    inputs = Inputs(input, target, weight, sample_weight)
+    theirs: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}
+    own: dict[str, Any] = {"normalizer": normalizer, "backend": backend}
+    return _loss(nll_loss, inputs, theirs, own, fallback)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: None = None,
+    l2: float = 0.0,
+    z_loss: float = 0.0,
+    sample_weight: Tensor | None = None,
+    normalizer: float | None = None,
+    backend: str | None = None,
+    fallback: bool = False,
+) -> Tensor:
+    r"""`cross_entropy` of a linear layer, as `torch.nn.functional.linear_cross_entropy`.
+
+    .. math:: L = \operatorname{cross\_entropy}(X W^T + b,\; y) + l_2 \sum_{c,d} W_{c,d}^2
+
+    The scores of all rows are never in memory, as in `fastloss.linear_cross_entropy`, for float32
+    and float64 in eager code.  Half types, autocast, a `linear_weight` of more than two dimensions,
+    probabilities that require a gradient, `torch.compile` and `torch.func` take
+    `torch.nn.functional.linear` and `cross_entropy` one after the other.
+
+    Parameters
+    ----------
+    input : Tensor, shape (D) or (N, D)
+        The features X, a row per sample.
+    linear_weight : Tensor, shape (C, D) or (C, d1, ..., D), dtype of `input`
+        The weights W, a row per class.
+    target : Tensor
+        Class indices of any integer dtype, shape (), (N) or (N, d1, ...); or probabilities, shape
+        (C), (N, C) or (N, C, d1, ...).
+    linear_bias : Tensor, shape of `linear_weight` without its last dimension, optional
+        The bias b.
+    ignore_index : int, optional
+        As in `cross_entropy`; None is -100.
+    options : None
+        How PyTorch is to cut up the batch, which is done anyway: refused.
+    l2 : float
+        The factor on the sum of the squares of W, at least 0; not with ``reduction="none"``.
+    weight, reduction, label_smoothing, z_loss, sample_weight, normalizer, backend, fallback
+        As in `cross_entropy`.
+
+    Returns
+    -------
+    Tensor
+        As `cross_entropy`; differentiable with respect to `input`, `linear_weight` and
+        `linear_bias`.
+
+    Raises
+    ------
+    IndexError, ValueError, TypeError, ImportError
+        As `cross_entropy`.
+
+    Notes
+    -----
+    Products have the threads of NumPy's BLAS, which ``threadpoolctl.threadpool_limits`` sets.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastloss.torch import linear_cross_entropy
+    >>> linear_weight = torch.tensor([[1.0, 2.0], [2.0, 1.0], [0.0, 1.0]], requires_grad=True)
+    >>> loss = linear_cross_entropy(torch.tensor([[1.0, 2.0]]), linear_weight, torch.tensor([0]))
+    >>> loss
+    tensor(0.3490, grad_fn=<LinearLossBackward>)
+    >>> loss.backward()
+    >>> linear_weight.grad
+    tensor([[-0.2949, -0.5897],
+            [ 0.2595,  0.5190],
+            [ 0.0351,  0.0702]])
+    """
+    if options is not None:
+        raise ValueError(f"options = {options!r}: chunks are not PyTorch's here; leave it out")
+    inputs = LinearInputs(input, linear_weight, linear_bias, target, weight, sample_weight)
+    theirs: dict[str, Any] = {
+        "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing
+    }  # fmt: skip
+    own: dict[str, Any] = {"z_loss": z_loss, "normalizer": normalizer, "backend": backend, "l2": l2}
+    result = _elsewhere(linear_cross_entropy, inputs._asdict(), theirs, own, fallback)
+    if result is not None:
+        return result
+    _check_float(input)
+    _check_no_gradient(weight=weight, sample_weight=sample_weight)
+    _linear.check_shapes(inputs)
+    if ignore_index is None:
+        theirs["ignore_index"] = _arguments.DEFAULT_IGNORE_INDEX
+    l2 = _arguments.l2(own.pop("l2"), reduction)
+    loss_options = _options("cross_entropy", target.is_floating_point(), **theirs, **own)
+    if not _linear.is_fused(inputs):
+        loss = apply(inputs.with_scores(), loss_options)
+        return loss + l2 * linear_weight.square().sum() if l2 else loss
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _linear.LinearLoss.apply(*inputs, loss_options, l2)
+    return _linear.losses(inputs, loss_options, l2)
 
 
 def _loss(
-    function: Any,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    size_average: Any,
-    ignore_index: int,
-    reduce: Any,
-    reduction: str,
-    smoothing: dict[str, float],
-    own: dict[str, Any],
-    backend: str | None,
-    fallback: bool,
+    function: Any, inputs: Inputs, theirs: dict[str, Any], own: dict[str, Any], fallback: bool
 ) -> Tensor:
-    """What the losses share; `own` are the options that PyTorch's function does not have."""
-    name, sample_weight = function.__name__, own["sample_weight"]
-    refuse_legacy(size_average, reduce)
-    if has_torch_function_variadic(input, target, weight, sample_weight):
-        tensors = (input, target, weight, sample_weight)
-        keywords = {"ignore_index": ignore_index, "reduction": reduction, **smoothing, **own}
-        return handle_torch_function(  # type: ignore[no-any-return]
-            function, tensors, input, target, weight, **keywords, backend=backend, fallback=fallback
-        )
-    problem = _unsuited(input=input, target=target, weight=weight, sample_weight=sample_weight)
-    if problem and fallback:
-        refuse_own(own, problem)
-        return getattr(torch.nn.functional, name)(  # type: ignore[no-any-return]
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, **smoothing
-        )
-    if problem:
-        raise TypeError(problem)
-    _check_float("input", input)
-    if target.is_floating_point() and ignore_index < 0:
-        ignore_index = _arguments.DEFAULT_IGNORE_INDEX  # as PyTorch, which ignores negative ones
-    normalizer = own["normalizer"]
-    options = _ops.Options(
-        ignore_index,
-        float(smoothing.get("label_smoothing", 0.0)),
-        float(own.get("z_loss", 0.0)),
-        reduction,
-        None if normalizer is None else float(normalizer),
-        backend,
-    )
-    loss = _dispatch(name, input, target, weight, sample_weight, options, own.get("inplace", False))
-    half = loss.dtype is not input.dtype and not torch.is_autocast_enabled("cpu")
-    return loss.to(input.dtype) if half else loss
+    """A loss with the options that PyTorch's function has, too, and those that are our own."""
+    names = ("input", "target", "weight", "sample_weight")
+    result = _elsewhere(function, dict(zip(names, inputs, strict=True)), theirs, own, fallback)
+    if result is not None:
+        return result
+    _check_float(inputs.scores)
+    _check_no_gradient(weight=inputs.weight, sample_weight=inputs.sample_weight)
+    inplace = own.pop("inplace", False)
+    return apply(inputs, _options(function.__name__, inputs.soft, **theirs, **own), inplace)
 
 
-def _dispatch(
+def _options(
     name: str,
-    scores: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    options: _ops.Options,
-    inplace: bool,
-) -> Tensor:
-    tensors = (scores, target, weight, sample_weight)
-    eager = _ops.is_eager(*tensors)
+    soft: bool,
+    *,
+    ignore_index: int,
+    reduction: str,
+    normalizer: float | None,
+    backend: str | None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Options:
+    if soft and isinstance(ignore_index, int) and ignore_index < 0:
+        ignore_index = _arguments.DEFAULT_IGNORE_INDEX  # as PyTorch, which overlooks any such
+    if normalizer is not None:
+        normalizer = float(normalizer)
+    numbers = float(label_smoothing), float(z_loss)
+    return Options(name, ignore_index, *numbers, reduction, normalizer, backend)
+
+
+def apply(inputs: Inputs, options: Options, inplace: bool = False) -> Tensor:
+    """The loss of checked inputs, in the dtype that PyTorch gives it."""
+    scores, target = inputs.scores, inputs.target
+    eager = _ops.is_eager(*inputs)
     differentiable = torch.is_grad_enabled() and (scores.requires_grad or target.requires_grad)
-    if torch.is_grad_enabled():
-        for argument, tensor in (("weight", weight), ("sample_weight", sample_weight)):
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(f"{argument} requires a gradient, which {name} does not give it")
     if inplace:
-        _check_inplace(scores, target, eager, differentiable)
+        _check_inplace(inputs, eager, differentiable)
     if not eager:
-        return _ops.loss(name, *tensors, *options)
-    if differentiable:
-        inplace = inplace and scores.requires_grad
-        return _ops.Loss.apply(  # type: ignore[no-any-return, no-untyped-call]
-            *tensors, name, options, inplace
-        )
-    return _ops.losses(name, *tensors, options)
+        loss = _ops.loss(*inputs, *options)
+    elif differentiable:
+        loss = _ops.Loss.apply(*inputs, options, inplace and scores.requires_grad)
+    else:
+        loss = _compute.losses(inputs, options)
+    # It comes in the dtype that it is computed in, which is what autocast asks for.
+    is_wider = loss.dtype is not scores.dtype
+    return loss.to(scores.dtype) if is_wider and not torch.is_autocast_enabled("cpu") else loss
 
 
-def _check_inplace(scores: Tensor, target: Tensor, eager: bool, differentiable: bool) -> None:
+def _check_inplace(inputs: Inputs, eager: bool, differentiable: bool) -> None:
     if not eager:
         raise RuntimeError("inplace=True works in eager code only")
-    if not differentiable:
+    if not differentiable or not inputs.scores.requires_grad:
         return
-    if target.requires_grad:
+    if inputs.target.requires_grad:
         raise ValueError("inplace=True: target requires a gradient, which needs the scores")
-    whole = scores if scores._base is None else scores._base
-    if scores.requires_grad and whole.is_leaf and whole.requires_grad:
+    whole = inputs.scores if inputs.scores._base is None else inputs.scores._base
+    if whole.is_leaf and whole.requires_grad:
         raise ValueError("inplace=True: input is a leaf of the graph, and must not be overwritten")
+
+
+def _check_float(input: Tensor) -> None:
+    if input.dtype not in _FLOATS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+        raise TypeError(f"input has dtype {input.dtype}; expected one of {names}")
+
+
+def _check_no_gradient(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, and there is none for it; detach it")
 
 
 def refuse_legacy(size_average: Any, reduce: Any) -> None:
     for name, value in (("size_average", size_average), ("reduce", reduce)):
         if value is not None:
             raise ValueError(
-                f"{name} = {value!r} is a legacy argument of PyTorch; use reduction = "
-                "'mean', 'sum' or 'none'"
+                f"{name} = {value!r} is a legacy argument of PyTorch; "
+                "use reduction = 'mean', 'sum' or 'none'"
             )
 
 
-def refuse_own(own: dict[str, Any], reason: str) -> None:
-    """Refuse options that PyTorch's function does not have, where it is to be called."""
+# ---------------------------------------------------------------------------------------------
+# What the kernels do not take
+# ---------------------------------------------------------------------------------------------
+
+
+def _elsewhere(
+    function: Any,
+    tensors: dict[str, Any],
+    theirs: dict[str, Any],
+    own: dict[str, Any],
+    fallback: bool,
+) -> Tensor | None:
+    """What a tensor-like class or PyTorch's own function makes of it; None if it is for us."""
+    if has_torch_function_variadic(*tensors.values()):
+        keywords = {**tensors, **theirs, **own, "fallback": fallback}
+        return handle_torch_function(function, tuple(tensors.values()), **keywords)
+    problem = _unsuited(tensors)
+    if problem is None:
+        return None
+    if not fallback:
+        raise TypeError(problem)
+    own = {**own, "sample_weight": tensors.pop("sample_weight", None)}
     for name, value in own.items():
-        if value is not None and value is not False and not isinstance(value, float | int):
-            raise ValueError(f"{name} has no fallback in PyTorch, and {reason}")
-        if value:
-            raise ValueError(f"{name} = {value!r} has no fallback in PyTorch, and {reason}")
+        if name != "backend" and (isinstance(value, Tensor) or value):
+            raise ValueError(f"{name} is unknown to PyTorch's {function.__name__}, and {problem}")
+    return getattr(torch.nn.functional, function.__name__)(**tensors, **theirs)
 
 
-def _unsuited(**tensors: Tensor | None) -> str | None:
+def _unsuited(tensors: dict[str, Any]) -> str | None:
     """Why the kernels cannot take one of the tensors, or None."""
     for name, tensor in tensors.items():
-        if tensor is None and name not in ("input", "target"):
+        if tensor is None and name in _OPTIONAL:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"{name} is on the device {tensor.device}; the kernels run on the CPU"
         if tensor.layout is not torch.strided:
             return f"{name} has the layout {tensor.layout}; the kernels take torch.strided"
         if tensor.is_quantized:
             return f"{name} is quantized ({tensor.dtype}); dequantize it first"
     return None
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _FLOATS:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
-        raise TypeError(f"{name} has dtype {tensor.dtype}; expected one of {names}")

@@ -1,0 +1,249 @@
+"""Losses, softmax and their gradients on CPU tensors, without copies; nothing of autograd here."""
+
+import functools
+import importlib
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastloss as fl
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class Inputs(NamedTuple):
+    """The tensors that a loss takes."""
+
+    scores: Tensor  # classes along dimension 1, or 0 where there is no batch
+    target: Tensor
+    weight: Tensor | None
+    sample_weight: Tensor | None
+
+    @property
+    def dim(self) -> int:
+        return class_dim(self.scores)
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        shape = self.scores.shape
+        return (*shape[: self.dim], *shape[self.dim + 1 :])
+
+    @property
+    def soft(self) -> bool:
+        return self.target.is_floating_point()
+
+
+class Options(NamedTuple):
+    """What it takes beside them, and which loss it is."""
+
+    name: str  # "cross_entropy" or "nll_loss"
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    reduction: str
+    normalizer: float | None
+    backend: str | None
+
+
+def class_dim(scores: Tensor) -> int:
+    return min(1, scores.dim() - 1)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What losses are computed in."""
+    return torch.float32 if dtype in HALVES else dtype
+
+
+# ---------------------------------------------------------------------------------------------
+# Between tensors and arrays: the same memory
+# ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _ml_dtypes() -> ModuleType:
+    try:
+        return importlib.import_module("ml_dtypes")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "bfloat16 tensors need a type that NumPy lacks: run `pip install ml_dtypes`",
+            name="ml_dtypes",
+        ) from error
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy(force=True).view(_ml_dtypes().bfloat16)
+    return tensor.numpy(force=True)  # whatever autograd thinks of it
+
+
+def maybe_to_array(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else to_array(tensor)
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the memory of an array: NumPy's costs fewer page faults than PyTorch's own."""
+    if array.dtype.kind != "V":  # bfloat16; its name takes a microsecond to make up
+        return torch.from_numpy(array)
+    bits = torch.from_numpy(array.view(np.int16))
+    # Not bits.view(torch.bfloat16): autograd treats views in ways of their own.
+    result = torch.empty(0, dtype=torch.bfloat16, device="cpu")
+    return result.set_(bits.untyped_storage(), 0, bits.shape, bits.stride())  # type: ignore[call-overload]
+
+
+def num_threads() -> int:
+    """As few as torch.set_num_threads and our own settings ask for."""
+    return min(torch.get_num_threads(), fl.get_num_threads())
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------
+
+
+def losses(inputs: Inputs, options: Options) -> Tensor:
+    """The loss alone, in the dtype that it is computed in."""
+    function = getattr(fl, options.name)
+    arrays = to_array(inputs.scores), to_array(inputs.target)
+    sample_weight = maybe_to_array(inputs.sample_weight)
+    return _loss_tensor(function(*arrays, **_keywords(inputs, sample_weight, options)), inputs)
+
+
+def losses_and_gradient(
+    inputs: Inputs, options: Options, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both from one pass; the gradient is that of the sum where the losses are not reduced."""
+    return _losses_and_gradient(inputs, maybe_to_array(inputs.sample_weight), options, out)
+
+
+def _losses_and_gradient(
+    inputs: Inputs, sample_weight: np.ndarray | None, options: Options, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    function = getattr(fl, f"{options.name}_with_grad")
+    arrays = to_array(inputs.scores), to_array(inputs.target)
+    keywords = _keywords(inputs, sample_weight, options)
+    loss, grad = function(*arrays, out=maybe_to_array(out), **keywords)
+    return _loss_tensor(loss, inputs), to_tensor(grad) if out is None else out
+
+
+def _keywords(inputs: Inputs, sample_weight: np.ndarray | None, options: Options) -> dict[str, Any]:
+    keywords = options._asdict()
+    if keywords.pop("name") == "nll_loss":
+        del keywords["label_smoothing"], keywords["z_loss"]
+    return keywords | {
+        "weight": maybe_to_array(inputs.weight),
+        "sample_weight": sample_weight,
+        "axis": inputs.dim,
+        "num_threads": num_threads(),
+    }
+
+
+def _loss_tensor(loss: float | np.ndarray, inputs: Inputs) -> Tensor:
+    if not isinstance(loss, np.ndarray):
+        loss = np.array(loss, np.float64 if inputs.scores.dtype is torch.float64 else np.float32)
+    return torch.from_numpy(loss)
+
+
+def gradient(
+    upstream: Tensor, inputs: Inputs, options: Options, out: Tensor | None = None
+) -> Tensor:
+    """The gradient with respect to the scores, given that with respect to the loss.
+
+    It is rounded once: the kernels take `upstream` as their divisor, or as weights of the rows.
+    Those are positive and finite; what is not costs another pass.
+    """
+    value = uniform(upstream)
+    if value is not None:
+        if options.reduction == "none":
+            options = options._replace(reduction="sum")
+        options, factor = _divided(value, inputs, options)
+        _, grad = losses_and_gradient(inputs, options, out)
+        return times(grad, factor)
+
+    options = options._replace(reduction="sum")
+    rows = upstream.detach().to(torch.float64)
+    if inputs.sample_weight is not None:
+        rows = rows * inputs.sample_weight.detach()
+    if not bool(rows.isfinite().all()):
+        _, grad = losses_and_gradient(inputs, options, out)
+        return times(grad, upstream)
+    _, grad = _losses_and_gradient(inputs, to_array(rows.abs()), options, out)
+    return times(grad, rows.sign()) if bool((rows < 0).any()) else grad
+
+
+def uniform(tensor: Tensor) -> float | None:
+    """The one number that a tensor holds, expanded perhaps, as the gradient of a sum is."""
+    if tensor.numel() == 1 or (tensor.numel() and not any(tensor.stride())):
+        return float(tensor.detach()[(0,) * tensor.dim()])
+    return None
+
+
+def times(grad: Tensor, factor: Tensor | float) -> Tensor:
+    """Multiply a gradient in place, by a number or by one per row."""
+    if isinstance(factor, Tensor):
+        return grad.mul_(factor.unsqueeze(class_dim(grad)))
+    return grad if factor == 1.0 else grad.mul_(factor)
+
+
+def _divided(value: float, inputs: Inputs, options: Options) -> tuple[Options, float]:
+    """Options that make the gradient `value` times as large, but for a factor: that, too."""
+    if value == 1.0:
+        return options, 1.0
+    divisor = 1.0
+    if options.reduction == "mean":
+        divisor = options.normalizer or float(counted(inputs, options.ignore_index).sum())
+    normalizer = divisor / abs(value) if value else math.inf
+    if not 0.0 < normalizer < math.inf:  # NaN, infinite, 0; or no row counts
+        return options, value
+    divided = options._replace(reduction="mean", normalizer=normalizer)
+    return divided, math.copysign(1.0, value)
+
+
+def counted(inputs: Inputs, ignore_index: int) -> Tensor:
+    """What each row adds to the divisor of the mean, in float64."""
+    if inputs.soft:
+        result = torch.ones(inputs.rows_shape, dtype=torch.float64, device="cpu")
+    else:
+        index, kept = indices(inputs.target, ignore_index)
+        result = kept.to(torch.float64)
+        if inputs.weight is not None:
+            result = result * inputs.weight.to(torch.float64)[index]
+    return result if inputs.sample_weight is None else result * inputs.sample_weight
+
+
+def indices(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Indices to look up, 0 for ignored rows, and which rows are not ignored."""
+    index = target.to(torch.int64)
+    kept = index != ignore_index
+    return torch.where(kept, index, 0), kept
+
+
+# ---------------------------------------------------------------------------------------------
+# Softmax
+# ---------------------------------------------------------------------------------------------
+
+
+def probabilities(scores: Tensor, log: bool, dim: int, backend: str | None) -> Tensor:
+    function = fl.log_softmax if log else fl.softmax
+    return _mapped(function, (scores,), dim, backend)
+
+
+def probabilities_backward(
+    upstream: Tensor, result: Tensor, log: bool, dim: int, backend: str | None
+) -> Tensor:
+    function = fl.log_softmax_backward if log else fl.softmax_backward
+    return _mapped(function, (upstream, result), dim, backend)
+
+
+def _mapped(function: Any, tensors: tuple[Tensor, ...], dim: int, backend: str | None) -> Tensor:
+    shape = tensors[0].shape
+    if 0 in shape:
+        return torch.empty_like(tensors[0])
+    arrays = [to_array(tensor) for tensor in tensors]
+    if not shape:  # a scalar is one class
+        arrays = [array.reshape(1) for array in arrays]
+    result = function(*arrays, dim, backend=backend, num_threads=num_threads())
+    return to_tensor(result if shape else result.reshape(()))
