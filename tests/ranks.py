@@ -3,6 +3,7 @@
 It leaves what it found in DIRECTORY; the tests judge.
 """
 
+import importlib.util
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ import fastloss.torch as ft
 CLASSES = 13
 SHARDS = {2: [(5, 8), (13, 0)], 3: [(3, 4, 6), (9, 0, 4)]}  # classes per rank
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+IGNORED_BY_THE_EXAMPLE = -100
 IGNORED = 7  # a class, too: what is ignored is no error, whatever it is
 OPTIONS = {
     "plain": {},
@@ -126,6 +128,113 @@ def agreement():
                 reduction="none", **EDGE_OPTIONS[options],
             )  # fmt: skip
     return results
+
+
+def _refused():
+    """Calls that are wrong on this rank or on another, by name: shard, target, start, options."""
+    rank = dist.get_rank()
+    scores, target = torch.ones(4, 6), torch.tensor([1, 2, 3, 4])
+    start, odd = 6 * rank, rank == 1
+    return {
+        "target too large": (scores, torch.tensor([0, 11, 12, 13]), start, {}),
+        "target negative": (scores.reshape(2, 2, 6), torch.tensor([[0, 1], [-1, 2]]), start, {}),
+        "dtype on one rank": (scores.to(torch.int32 if odd else torch.float32), target, start, {}),
+        "option on one rank": (scores, target, start, {"label_smoothing": 2.0 if odd else 0.0}),
+        "backend on one rank": (scores, target, start, {"backend": "fast" if odd else None}),
+        "start on one rank": (scores, target, "12" if odd else start, {}),
+        "negative start": (scores, target, start - 1, {}),
+        "shape of the target": (scores, target[:3], start, {}),
+        "probabilities": (scores, torch.ones(4, 6), start, {}),
+        "normalizer of a sum": (scores, target, start, {"normalizer": 2.0, "reduction": "sum"}),
+        "ragged": (scores[: 4 - odd], target[: 4 - odd], start, {}),
+        "dtypes": (scores.to(torch.float64 if odd else torch.float32), target, start, {}),
+        "options": (scores, target, start, {"z_loss": 0.5 * odd}),
+        "targets": (scores, target + odd, start, {}),
+        "gap": (scores, target, 7 * rank, {}),
+        "overlap": (scores, target, 5 * rank, {}),
+        "no classes": (scores[:, :0], target, start, {}),
+        "no dimension": (torch.ones(()), torch.tensor(0), start, {}),
+    }
+
+
+def refusals():
+    """What every rank says to calls that are wrong on some, and that the group lives on."""
+    results = {}
+    for name, (scores, target, start, options) in _refused().items():
+        try:
+            ft.vocab_parallel_cross_entropy(scores, target, start, **options)
+            results[name] = "no error"
+        except Exception as error:
+            results[name] = f"{type(error).__name__}: {error}"
+
+    scores = torch.ones(4, 6, requires_grad=True)
+    loss = ft.vocab_parallel_cross_entropy(scores, torch.tensor([0, 3, 6, 9]), 6 * dist.get_rank())
+    results["afterwards"] = loss.item()
+    try:
+        torch.autograd.grad(loss, scores, create_graph=True)
+    except RuntimeError as error:
+        results["twice"] = str(error)
+    others = dist.new_group([0])
+    try:
+        if dist.get_rank():
+            ft.vocab_parallel_cross_entropy(scores, torch.tensor([0] * 4), 0, group=others)
+        else:
+            target = torch.tensor([0] * 4)
+            results["alone"] = ft.vocab_parallel_cross_entropy(scores, target, 0, group=others)
+    except ValueError as error:
+        results["not in the group"] = str(error)
+    return results
+
+
+def loss_of_a_killed_rank():
+    """The last rank dies between two losses, by the signal that nothing can catch."""
+    scores, target = torch.ones(4, 5), torch.tensor([1, 2, 3, 4])
+    start = 5 * dist.get_rank()
+    before = ft.vocab_parallel_cross_entropy(scores, target, start).item()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        while True:
+            ft.vocab_parallel_cross_entropy(scores, target, start)
+    except RuntimeError as error:
+        return before, str(error)
+
+
+def example():
+    """examples/torch_language_model.py"""
+    path = Path(__file__).parents[1] / "examples" / "torch_language_model.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lines_of_the_example():
+    """Lines of tokens, one of them all but empty and most of them shorter than the longest."""
+    lines = torch.randint(50, (5, 9), generator=torch.Generator().manual_seed(1))
+    for line, length in zip(lines, (9, 2, 5, 1, 7), strict=True):
+        line[length:] = IGNORED_BY_THE_EXAMPLE
+    return lines
+
+
+def gradients_of_the_example(module, model, loss, lines):
+    model.zero_grad()
+    value, count = module.loss_of_batch(model, lines, loss)
+    value.backward()
+    grads = {k.removeprefix("module."): p.grad.clone() for k, p in model.named_parameters()}
+    return value.item(), count, grads
+
+
+def model_of_the_example(module):
+    torch.manual_seed(2)
+    return module.LanguageModel(vocabulary=50, width=6)
+
+
+def data_parallel():
+    module = example()
+    model = torch.nn.parallel.DistributedDataParallel(model_of_the_example(module))
+    mine = lines_of_the_example()[dist.get_rank() :: dist.get_world_size()]
+    return {loss: gradients_of_the_example(module, model, loss, mine) for loss in module.LOSSES}
 
 
 if __name__ == "__main__":
