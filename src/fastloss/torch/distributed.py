@@ -195,7 +195,7 @@ class _Loss(torch.autograd.Function):
         s = others + e_y
 
         scores = _matrix(logits_shard, kept.numel())
-        grad = torch.empty(0, dtype=scores.dtype)
+        grad = torch.empty(0, dtype=scores.dtype, device="cpu")
         if scores.numel():
             # The shard's own probabilities, but at `top`, times what they count among all.
             inputs = _inputs(scores, top, kept & (total != 0))
@@ -234,8 +234,8 @@ def _prepare(group: Any, *arguments: Any) -> tuple[_Shard, _Rows, int]:
         problem = error
         header[0] = 1
 
-    gathered = [torch.empty(4, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, torch.tensor(header), group=group)
+    gathered = list(torch.empty(dist.get_world_size(group), 4, dtype=torch.int64, device="cpu"))
+    dist.all_gather(gathered, torch.tensor(header, device="cpu"), group=group)
     headers = torch.stack(gathered)
     if headers[:, 0].any() or (headers[:, 1] != header[1]).any():
         _raise_disagreement(problem, description, group)
@@ -358,7 +358,7 @@ def _reduce(shard: _Shard) -> _Rows:
     y = shard.target - shard.start
     owned = kept & (y >= 0) & (y < num_classes)
     y = torch.where(owned, y, 0)
-    zeros = torch.zeros(y.numel(), dtype=torch.float64)
+    zeros = torch.zeros(y.numel(), dtype=torch.float64, device="cpu")
     if not scores.numel():
         return _Rows(kept, owned, y, y, zeros - math.inf, zeros, zeros, zeros, zeros)
 
