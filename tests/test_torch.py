@@ -118,8 +118,9 @@ def test_cross_entropy(compiled, generator, shape, dtype, kind):
     theirs = theirs_of(F.cross_entropy, dtype)
     weight = torch.rand(num_classes, generator=generator).add(0.1).to(dtype)
     ignored = (-100, 0) if kind == "indices" and num_classes > 1 else (-100,)
-    grid = itertools.product(REDUCTIONS, (None, weight), ignored, (0.0, 0.1, 1.0), ARRANGEMENTS)
-    for reduction, w, ignore_index, smoothing, arrange in grid:
+    grid = itertools.product(REDUCTIONS, (None, weight), ignored, (0.0, 0.1, 1.0))
+    arrangements = itertools.cycle(ARRANGEMENTS)  # five: each meets each option
+    for (reduction, w, ignore_index, smoothing), arrange in zip(grid, arrangements, strict=False):
         x = arrange(scores)
         options = {
             "weight": w, "reduction": reduction, "ignore_index": ignore_index,
@@ -137,14 +138,16 @@ def test_cross_entropy(compiled, generator, shape, dtype, kind):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nll_loss(compiled, generator, shape, dtype):
-    scores, target, num_classes = problem(generator, shape, dtype, "indices")
+    scores, target, num_classes = problem(generator, shape, torch.float64, "indices")
+    scores = F.log_softmax(scores, min(1, len(shape) - 1)).to(dtype)
     theirs = theirs_of(F.nll_loss, dtype)
     weight = torch.rand(num_classes, generator=generator).add(0.1).to(dtype)
     for reduction, w, arrange in itertools.product(REDUCTIONS, (None, weight), ARRANGEMENTS):
         x = arrange(scores)
         options = {"weight": w, "reduction": reduction, "ignore_index": 2}
         loss, grad = loss_and_grad(ft.nll_loss, x, target, **options)
-        their_loss, their_grad = loss_and_grad(theirs, x, target, **options)
+        # PyTorch's own backward pass fails for four dimensions whose classes lie last.
+        their_loss, their_grad = loss_and_grad(theirs, x.contiguous(), target, **options)
         assert_close(loss, their_loss)
         assert_close(grad, their_grad)
 
@@ -156,7 +159,8 @@ def test_softmax(compiled, generator, name, shape, dtype):
     scores = torch.randn(shape, generator=generator).to(dtype)
     upstream = torch.randn(shape, generator=generator).to(dtype)
     ours, theirs = getattr(ft, name), getattr(F, name)
-    for dim, arrange in itertools.product(range(-len(shape), max(len(shape), 1)), ARRANGEMENTS):
+    dims = itertools.chain.from_iterable([range(-len(shape), max(len(shape), 1))] * 5)
+    for dim, arrange in zip(dims, itertools.cycle(ARRANGEMENTS), strict=False):
         x = arrange(scores) if shape else scores
         results = []
         for function in (ours, theirs):
@@ -304,7 +308,7 @@ DIFFERENCES = [
         loss_of(of_many, [3.0, -5.5, 1.25], dtype=torch.bfloat16), 0.16015625, 0.1572265625,
     ),
     Difference(
-        "mean over many rows of float16", "summed in float64, where 100000 is more than float16 has",
+        "mean over many rows of float16", "summed in float64; float16 ends before 100000",
         loss_of(of_many, [3.0, -5.5, 1.25], dtype=torch.float16), 0.160400390625, 0.0,
     ),
     Difference(
