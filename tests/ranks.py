@@ -241,7 +241,7 @@ if __name__ == "__main__":
     scenario, directory, rank, size = sys.argv[1:]
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/store", rank=int(rank), world_size=int(size),
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=60),
     )  # fmt: skip
     result = globals()[scenario]()
     torch.save(result, Path(directory) / f"{rank}.pt")

@@ -40,19 +40,14 @@ def environment():
 @contextlib.contextmanager
 def processes(*commands, **options):
     """Processes that are gone in the end, whatever happens."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = []
     try:
         for command in commands:
             started.append(
                 subprocess.Popen(
-                    command,
-                    env=environment(),
-                    text=True,
-                    start_new_session=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    **options,
-                )  # fmt: skip
+                    command, env=environment(), start_new_session=True, **pipes, **options
+                )
             )
         yield started
     finally:
@@ -204,7 +199,7 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(tmp_path):
 
 
 def test_without_a_group():
-    with pytest.raises(RuntimeError, match="call torch.distributed.init_process_group first"):
+    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group first"):
         ft.vocab_parallel_cross_entropy(torch.ones(2, 3), torch.tensor([0, 1]), 0)
 
 
