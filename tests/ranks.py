@@ -107,8 +107,8 @@ def shard(scores, sizes):
 
 
 def agreement():
-    """Loss and gradient of every case."""
-    results = {}
+    """Loss and gradient of every case, and those of the example."""
+    results = {"data parallel": data_parallel()}
     for sizes in SHARDS[dist.get_world_size()]:
         for name in OPTIONS:
             for dtype in DTYPES:

@@ -213,11 +213,11 @@ def test_a_killed_rank_is_an_error_and_no_hang(size, tmp_path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_data_parallel_gradients_are_those_of_one_process(size, tmp_path):
+def test_data_parallel_gradients_are_those_of_one_process(agreement, size):
     """Though the tokens that count are unevenly divided, and the third rank may have none."""
     module = ranks.example()
     lines = ranks.lines_of_the_example()
-    results = run("data_parallel", size, tmp_path)
+    results = [result["data parallel"] for result in agreement[size]]
     for loss in module.LOSSES:
         model = ranks.model_of_the_example(module)
         value, count, grads = ranks.gradients_of_the_example(module, model, loss, lines)
