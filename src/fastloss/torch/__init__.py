@@ -12,7 +12,7 @@ Examples
 >>> loss = cross_entropy(logits, torch.tensor([0]))
 >>> loss.backward()
 >>> logits.grad
-tensor([[-0.2949,  0.2595,  0.0351]])
+tensor([[-0.2946,  0.2595,  0.0351]])
 """
 
 try:
