@@ -83,7 +83,8 @@ def vocab_parallel_cross_entropy(
     ImportError
         If the backend that was asked for is not there.
     RuntimeError
-        If another rank was refused its arguments, or does not answer.
+        If another rank was refused its arguments, has died, or does not answer within the time-out
+        of the group; or on the way to a second derivative.
 
     Notes
     -----
