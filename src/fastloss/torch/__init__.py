@@ -12,7 +12,7 @@ Examples
 >>> loss = cross_entropy(logits, torch.tensor([0]))
 >>> loss.backward()
 >>> logits.grad
-tensor([[-0.2949,  0.2595,  0.0351]])
+tensor([[-0.2946,  0.2595,  0.0351]])
 """
 
 try:
@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
         "fastloss.torch needs PyTorch: run `pip install 'fastloss[torch]'`", name="torch"
     ) from error
 
+from fastloss.torch.distributed import vocab_parallel_cross_entropy
 from fastloss.torch.functional import (
     cross_entropy,
     linear_cross_entropy,
@@ -41,4 +42,5 @@ __all__ = [
     "log_softmax",
     "nll_loss",
     "softmax",
+    "vocab_parallel_cross_entropy",
 ]

@@ -213,7 +213,7 @@ def cross_entropy(
     tensor(0.3490, grad_fn=<LossBackward>)
     >>> loss.backward()
     >>> logits.grad
-    tensor([[-0.2949,  0.2595,  0.0351]])
+    tensor([[-0.2946,  0.2595,  0.0351]])
     """
     refuse_legacy(size_average, reduce)
     inputs = Inputs(input, target, weight, sample_weight)
@@ -355,7 +355,7 @@ def linear_cross_entropy(
     tensor(0.3490, grad_fn=<LinearLossBackward>)
     >>> loss.backward()
     >>> linear_weight.grad
-    tensor([[-0.2949, -0.5897],
+    tensor([[-0.2946, -0.5892],
             [ 0.2595,  0.5190],
             [ 0.0351,  0.0702]])
     """
