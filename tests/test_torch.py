@@ -727,6 +727,23 @@ def test_vmap_over_some_arguments(generator):
     )
 
 
+# PyTorch's first forward-mode derivative compiles something with its own old compiler.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@every_call
+def test_forward_mode_is_refused(call, tensors):
+    """Clearly, where PyTorch would otherwise overlook the tangent."""
+    tangents = tuple(torch.ones_like(tensor) for tensor in tensors)
+    for differentiate in (
+        lambda: torch.func.jvp(call, tensors, tangents),
+        lambda: torch.func.hessian(lambda *ts: call(*ts).sum())(*tensors),
+    ):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            differentiate()
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        call(*(forward_ad.make_dual(t, v) for t, v in zip(tensors, tangents, strict=True)))
+
+
 @every_call
 def test_compile(call, tensors):
     """One graph, no break; loss and gradients as in eager code."""

@@ -147,12 +147,16 @@ def _operator(
     def forward(*arguments: Any) -> Tensor:
         return op(*arguments) if _is_traced(*arguments) else compute(*arguments)
 
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"fastloss.torch has no forward-mode derivative of its {name}; use reverse mode, as in "
+            "torch.func.grad, jacrev and vjp"
+        )
+
     parts: dict[str, Any] = {
-        "forward": forward,
-        "setup_context": save,
-        "backward": differentiate,
-        "vmap": batch,
-    }
+        "forward": forward, "setup_context": save, "backward": differentiate, "vmap": batch,
+        "jvp": jvp,
+    }  # fmt: skip
     methods = {key: staticmethod(part) for key, part in parts.items()}
     function: Any = type(f"fastloss_{name}", (torch.autograd.Function,), methods)
 
