@@ -216,7 +216,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--backend", choices=["cython", "numba", "numpy"], help="what computes the loss")
     add("--unfused", action="store_true", help="train with all scores of a mini-batch in memory")
-    add("--tokens", type=positive_integer, default=400_000, help="how many to read")
+    add("--tokens", type=positive_integer, default=300_000, help="how many to read")
     add("--vocabulary", type=positive_integer, default=20_000, help="tokens known, at most")
     add("--context", type=positive_integer, default=4, help="tokens to predict the next one from")
     add("--dimension", type=positive_integer, default=24, help="of the vector of a token")
