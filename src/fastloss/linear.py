@@ -14,6 +14,7 @@ exist.  Two things are less plain than that:
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,10 +25,9 @@ from numpy.typing import ArrayLike
 from fastloss import _arguments, _backend, _threads
 from fastloss.functional import check_labels
 
-_BLOCK_BYTES = 4 << 20  # of scores: about a cache
-_CHUNK_BYTES = 24 << 20  # of scores: a gradient of W is added to only once per chunk
-_LEAST_ROWS = 128  # below which products are slow,
-_MOST_BYTES = 32 << 20  # unless they take this much
+_BLOCK_BYTES = 2 << 20  # of scores: what caches hold,
+_LEAST_ROWS = 512  # but no fewer rows, with which products are slow,
+_MOST_BYTES = 24 << 20  # unless they take more than this
 _PRODUCT_ELEMENTS = 1 << 18  # of a gradient of W, to be added while they are in cache
 _POOL_COST = 32  # what starting Python threads takes, in wake-ups of OpenMP's
 
@@ -94,9 +94,8 @@ def linear_cross_entropy(
     weight, sample_weight, ignore_index, label_smoothing, z_loss, reduction, normalizer
         As in `cross_entropy`.  The divisor of the mean is that of the data's part alone.
     chunk_rows : int, optional
-        How many rows to take at a time, rounded up to a whole number of blocks.  A block is
-        about 4 MiB of scores, at least 128 rows where these are under 32 MiB, and no more rows
-        than there are.  By default as many as make 24 MiB of scores.
+        How many rows to take at a time, rounded up to a whole number of blocks; by default one.
+        A block is 2 MiB of scores, but at least 512 rows where these are under 24 MiB.
     backend : {"auto", "cython", "numba", "numpy"}, optional
         See `set_backend`.  The products are those of NumPy, whatever it is.
     num_threads : int, optional
@@ -128,9 +127,10 @@ def linear_cross_entropy(
     product.
 
     Scores are rounded to the dtype of `inputs`, and so is the loss of each row.  Extra memory is
-    about 32 MiB, whatever N, or a chunk of scores where that is larger.  Copies are made of
-    `inputs` whose leading axes do not merge into one, of a `linear_weight` that is contiguous in
-    neither order, of probabilities in another dtype, and of `linear_weight` for sparse `inputs`.
+    about 26 MiB, whatever N, or a chunk of scores where that is larger.  Copies are made of a
+    `linear_weight` where there is a bias, `inputs` are sparse or it is contiguous in neither
+    order, of `inputs` whose leading axes do not merge into one, and of probabilities in another
+    dtype.
 
     The method is that of [1]_.
 
@@ -363,8 +363,8 @@ def _kept(
     if ignored is not None:
         used = target[:, 0] != ignored
         counts &= used
-        # With smoothing every class has its share in a row, and so it has in the z-loss.
-        if class_weight is not None and not any(options):
+        smoothing, z_loss = options  # by which a row counts whatever its target's weight
+        if class_weight is not None and smoothing * class_weight.sum() == z_loss == 0:
             counts &= class_weight[np.where(used, target[:, 0], 0).astype(np.intp)] != 0
     return None if counts.all() else np.flatnonzero(counts)
 
@@ -374,9 +374,7 @@ def _sizes(count: int, row_bytes: int, asked: int | None) -> tuple[int, int]:
     most = max(_BLOCK_BYTES // row_bytes, min(_LEAST_ROWS, _MOST_BYTES // row_bytes), 1)
     blocks = max(-(-count // most), 1)
     block = max(-(-count // blocks), 1)
-    if asked is None:
-        return block, block * max(_CHUNK_BYTES // (row_bytes * block), 1)
-    return block, block * min(-(-asked // block), blocks)
+    return block, block * min(-(-(asked or 1) // block), blocks)
 
 
 def _run(
@@ -387,56 +385,66 @@ def _run(
     with np.errstate(all="ignore"), _row_kernel(plan, losses, gradients is not None) as kernel:
         if gradients is not None and not accumulate:
             _clear(plan, gradients)
-        for start, x, scores in _chunks(plan):
+        for start, x, scores in _sparse_chunks(plan) if plan.layer.sparse else _chunks(plan):
             kernel(start, scores)
-            if gradients is not None:
-                _add_products(plan, gradients, start, x, scores)
+            if gradients is None:
+                continue
+            _add_to_weight(gradients, scores, x)
+            if gradients.inputs is not None:
+                _add_to_inputs(plan, gradients.inputs, start, scores, accumulate)
         if gradients is not None and plan.l2:
             _add_penalty(gradients.linear_weight, plan.layer.weight, plan.l2)
     return _reduce(plan, losses)
 
 
 def _chunks(plan: _Plan) -> Iterator[tuple[int, Any, np.ndarray]]:
-    """Every chunk: where it starts, its inputs, and their scores without the bias."""
-    w = plan.layer.weight
+    """Every chunk: where it starts, its inputs with a column of ones for the bias, its scores."""
+    weight, inputs = _with_bias(plan.layer), plan.layer.inputs
     size = min(plan.chunk, -(-plan.num_rows // plan.block) * plan.block)
-    if plan.layer.sparse:
-        transposed = np.ascontiguousarray(w.T)
-        for start in range(0, plan.num_rows, plan.chunk):
-            x = plan.rows(plan.layer.inputs, start, min(start + plan.chunk, plan.num_rows))
-            yield start, x, x @ transposed
-        return
-    scores = np.empty((size, len(w)), w.dtype)
-    room = np.zeros((size, w.shape[1]), w.dtype)
-    direct = plan.kept is None and plan.layer.inputs.flags.c_contiguous
+    scores = np.empty((size, len(weight)), weight.dtype)
+    room = np.ones((size, weight.shape[1]), weight.dtype)
+    direct = plan.kept is None and plan.layer.bias is None and inputs.flags.c_contiguous
     for start in range(0, plan.num_rows, plan.chunk):
-        count = min(plan.chunk, plan.num_rows - start)
-        x = plan.rows(plan.layer.inputs, start, start + count)
-        if not direct or count % plan.block:
-            room[:count] = x
+        num_rows = min(plan.chunk, plan.num_rows - start)
+        x = plan.rows(inputs, start, start + num_rows)
+        if not direct or num_rows % plan.block:
+            room[:num_rows, : x.shape[1]] = x
             x = room
-        for first in range(0, count, plan.block):
+        for first in range(0, num_rows, plan.block):
             rows = slice(first, first + plan.block)
-            np.matmul(x[rows], w.T, out=scores[rows])
-        yield start, x[:count], scores[:count]
+            np.matmul(x[rows], weight.T, out=scores[rows])
+        yield start, x[:num_rows], scores[:num_rows]
+
+
+def _sparse_chunks(plan: _Plan) -> Iterator[tuple[int, Any, np.ndarray]]:
+    """The same for sparse inputs, a row of whose scores does not depend on others."""
+    transposed = np.ascontiguousarray(_with_bias(plan.layer).T)
+    for start in range(0, plan.num_rows, plan.chunk):
+        x = plan.rows(plan.layer.inputs, start, min(start + plan.chunk, plan.num_rows))
+        if plan.layer.bias is not None:
+            ones = np.ones((x.shape[0], 1), x.dtype)
+            x = sys.modules["scipy.sparse"].hstack([x, ones], format="csr")
+        yield start, x, x @ transposed
+
+
+def _with_bias(layer: _arguments.Linear) -> np.ndarray:
+    """The weights, and the bias as one of them: a pass over the scores takes longer."""
+    if layer.bias is None:
+        return layer.weight
+    return np.hstack([layer.weight, layer.bias[:, None]])
 
 
 @contextlib.contextmanager
 def _row_kernel(
     plan: _Plan, losses: np.ndarray, with_grad: bool
 ) -> Iterator[Callable[[int, np.ndarray], None]]:
-    """What adds the bias to scores, puts their losses aside and turns them into gradients."""
+    """What puts the losses of scores aside, and turns these into gradients."""
 
     def on_rows(start: int, scores: np.ndarray) -> None:
-        with np.errstate(all="ignore"):  # which belongs to the thread
-            if plan.layer.bias is not None:
-                scores += plan.layer.bias
         stop = start + len(scores)
-        target = plan.rows(plan.target, start, stop)
-        s = plan.sample_weight
-        if s is not None:
-            s = plan.rows(s, start, stop)
         x = scores[:, :, None]
+        target = plan.rows(plan.target, start, stop)
+        s = None if plan.sample_weight is None else plan.rows(plan.sample_weight, start, stop)
         plan.kernel(
             x, target, plan.class_weight, s, *plan.options, plan.scale, losses[start:stop],
             x if with_grad else None, 1,
@@ -448,13 +456,17 @@ def _row_kernel(
     from concurrent.futures import ThreadPoolExecutor  # slow to import
 
     # For this call alone: a pool does not survive a fork.
-    with ThreadPoolExecutor(plan.threads) as pool:
+    with ThreadPoolExecutor(plan.threads - 1) as pool:
 
         def on_threads(start: int, scores: np.ndarray) -> None:
             share = -(-len(scores) // plan.threads)
-            firsts = range(0, len(scores), share)
-            parts = [scores[first : first + share] for first in firsts]
-            list(pool.map(on_rows, [start + first for first in firsts], parts))
+            others = [
+                pool.submit(on_rows, start + first, scores[first : first + share])
+                for first in range(share, len(scores), share)
+            ]
+            on_rows(start, scores[:share])
+            for other in others:
+                other.result()
 
         yield on_threads
 
@@ -464,24 +476,32 @@ def _clear(plan: _Plan, gradients: LinearGradients) -> None:
     gradients.linear_weight.fill(0)
     if gradients.linear_bias is not None:
         gradients.linear_bias.fill(0)
-    if gradients.inputs is not None:
+    if gradients.inputs is not None and plan.kept is not None:
         gradients.inputs.fill(0)
 
 
-def _add_products(
-    plan: _Plan, gradients: LinearGradients, start: int, x: Any, g: np.ndarray
+def _add_to_weight(gradients: LinearGradients, g: np.ndarray, x: Any) -> None:
+    """The share of a chunk in the gradients of weight and bias, g that of its scores."""
+    total, bias = gradients.linear_weight, gradients.linear_bias
+    for classes in _parts(*total.shape):
+        # Of a part of the classes, which is still in cache when it is added.
+        product = g[:, classes].T @ x
+        total[classes] += product[:, : total.shape[1]]
+        if bias is not None:
+            bias[classes] += product[:, -1]
+
+
+def _add_to_inputs(
+    plan: _Plan, gradient: np.ndarray, start: int, g: np.ndarray, accumulate: bool
 ) -> None:
-    """The share of a chunk in the gradients, given the gradient of its scores."""
-    if gradients.linear_bias is not None:
-        gradients.linear_bias[...] += g.sum(axis=0)
-    if plan.layer.sparse:
-        gradients.linear_weight[...] += (x.T @ g).T
+    """The share of a chunk in the gradient of the inputs."""
+    rows = slice(start, start + len(g))
+    if plan.kept is not None:
+        gradient[plan.kept[rows]] += g @ plan.layer.weight
+    elif accumulate:
+        gradient[rows] += g @ plan.layer.weight
     else:
-        for classes in _parts(*gradients.linear_weight.shape):
-            gradients.linear_weight[classes] += g[:, classes].T @ x
-    if gradients.inputs is not None:
-        rows = slice(start, start + len(g))
-        gradients.inputs[rows if plan.kept is None else plan.kept[rows]] += g @ plan.layer.weight
+        np.matmul(g, plan.layer.weight, out=gradient[rows])
 
 
 def _add_penalty(total: np.ndarray, linear_weight: np.ndarray, l2: float) -> None:
@@ -491,7 +511,7 @@ def _add_penalty(total: np.ndarray, linear_weight: np.ndarray, l2: float) -> Non
 
 def _parts(num_classes: int, num_features: int) -> Iterator[slice]:
     """Classes by and by, so that a temporary stays small and in cache."""
-    step = max(_PRODUCT_ELEMENTS // max(num_features, 1), 1)
+    step = max(_PRODUCT_ELEMENTS // max(num_features, 1), 16)
     for first in range(0, num_classes, step):
         yield slice(first, first + step)
 
