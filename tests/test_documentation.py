@@ -10,26 +10,49 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import need
 
 import fastloss as fl
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-ADAPTERS = {"torch", "sklearn", "boosting"}  # their doctests need what may not be installed
+# Their doctests need what may not be installed.
+ADAPTERS = {"torch": "torch", "sklearn": "sklearn", "boosting": "xgboost"}
 MODULES = {module.name for module in pkgutil.iter_modules(fl.__path__)}
 DOCUMENTED = sorted(
-    name for name in MODULES - ADAPTERS if not name.startswith(("_kernels", "__main__"))
+    name for name in MODULES - ADAPTERS.keys() if not name.startswith(("_kernels", "__main__"))
 )
+
+
+def run_examples(name):
+    module = importlib.import_module(name)
+    finder = doctest.DocTestFinder()
+    runner = doctest.DocTestRunner(optionflags=OPTIONS)
+    for test in finder.find(module, name):
+        runner.run(test)
+    assert runner.failures == 0
+    return runner.tries
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_docstrings(name):
-    module = importlib.import_module(f"fastloss.{name}")
-    finder = doctest.DocTestFinder()
-    runner = doctest.DocTestRunner(optionflags=OPTIONS)
-    for test in finder.find(module, f"fastloss.{name}"):
-        runner.run(test)
-    assert runner.failures == 0
+    run_examples(f"fastloss.{name}")
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS.keys() & MODULES))
+def test_docstrings_of_adapters(name):
+    """Every public function has an example; those of a package are in its modules."""
+    need(ADAPTERS[name])
+    adapter = importlib.import_module(f"fastloss.{name}")
+    modules = [f"fastloss.{name}"]
+    modules += [
+        f"{modules[0]}.{m.name}" for m in pkgutil.iter_modules(getattr(adapter, "__path__", []))
+    ]
+    assert sum(map(run_examples, modules)) > 0
+    tests = doctest.DocTestFinder()
+    for public in adapter.__all__:
+        found = tests.find(getattr(adapter, public), public)
+        assert any(test.examples for test in found), f"{public} has none"
 
 
 def test_every_public_function_has_an_example():

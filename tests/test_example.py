@@ -97,14 +97,15 @@ def next_token():
 
 
 def small(next_token, *more):
-    words = "--vocabulary 500 --dimension 4 --batch-size 200 --tokens 6000".split()
-    return next_token.parse([*words, *more])
+    options = ["--vocabulary=500", "--dimension=4", "--batch-size=200", "--tokens=6000"]
+    return next_token.parse([*options, *more])
 
 
 def test_tokens_of_a_file(next_token, tmp_path):
     path = tmp_path / "module.py"
     path.write_text("def f(x):  # a comment\n\n    return x + 'text'\n")
-    words = "def f ( x ) : NEWLINE INDENT return x + 'text' NEWLINE DEDENT ENDMARKER".split()
+    text = "def f ( x ) : NEWLINE INDENT return x + 'text' NEWLINE DEDENT ENDMARKER"
+    words = text.split(" ")
     assert list(next_token.tokens_of(path)) == words
     path.write_text("if broken\n")  # lexically fine
     assert list(next_token.tokens_of(path))[:2] == ["if", "broken"]
@@ -168,7 +169,7 @@ def test_steps_of_vectors_follow_the_gradient(next_token):
 
 
 def test_next_token_script(tmp_path):
-    options = "--tokens 8000 --vocabulary 4000 --batch-size 1000 --dimension 4".split()
+    options = ["--tokens=8000", "--vocabulary=4000", "--batch-size=1000", "--dimension=4"]
     result = subprocess.run(
         [sys.executable, NEXT_TOKEN, *options], cwd=tmp_path, capture_output=True, text=True,
         check=True,

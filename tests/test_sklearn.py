@@ -1,8 +1,12 @@
 """The classifier: scikit-learn's own checks, LogisticRegression's optimum, and gradient descent."""
 
 import contextlib
+import json
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,7 +167,7 @@ def test_every_backend_trains_alike(backend):
         np.testing.assert_allclose(ours.predict_proba(X), reference.predict_proba(X), atol=1e-6)
 
 
-def test_the_keyword_backend_is_used(monkeypatch):
+def test_the_keyword_backend_is_used():
     X, y = load_iris(return_X_y=True)
     with pytest.raises(ValueError, match="backend = 'nump' is not a backend"):
         SoftmaxClassifier(backend="nump").fit(X, y)
@@ -396,7 +400,7 @@ def test_progress_bar(digits, capsys):
 
 def test_tqdm_is_only_needed_for_the_bar(digits, monkeypatch):
     X, y, _ = digits
-    monkeypatch.setitem(__import__("sys").modules, "tqdm.auto", None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     sgd(max_iter=1).fit(X, y)
     with pytest.raises(ImportError, match=r"needs tqdm: run `pip install 'fastloss\[sklearn\]'`"):
         sgd(max_iter=1, verbose=True).fit(X, y)
@@ -471,3 +475,30 @@ def test_later_classes_must_be_the_first_ones():
 def test_not_fitted():
     with pytest.raises(NotFittedError):
         SoftmaxClassifier().predict(X)
+
+
+def test_benchmark(tmp_path):
+    """bench/classifier.py on small problems: a table between the markers, and it stays one."""
+    root = Path(__file__).parents[1]
+    readme, figures = tmp_path / "README.md", tmp_path / "classifier.json"
+    readme.write_text("before\n<!-- classifier:begin -->\n<!-- classifier:end -->\nafter\n")
+    for problem in ("digits", "100 classes"):
+        subprocess.run(
+            [
+                sys.executable, root / "bench" / "classifier.py", "--quick", "--problem", problem,
+                "--json", figures, "--readme", readme,
+            ],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- classifier:begin -->\n**digits**: 1,797 samples, 64")
+    assert text.endswith("|\n<!-- classifier:end -->\nafter\n")
+    results = json.loads(figures.read_text())
+    assert list(results) == ["digits", "100 classes"]
+    for result in results.values():
+        assert len(result["fits"]) == 4
+        for fit in result["fits"]:
+            assert fit["reached"]
+            assert 0 < fit["loss"] <= result["optimum"] * 1.001
+            row = rf"\| {fit['contender']} \| {fit['dtype']} \| .* \| {fit['iterations']} \|"
+            assert re.search(row, text)
