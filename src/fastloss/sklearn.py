@@ -140,7 +140,8 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     .. math:: V_{c,d} = W_{c,d} \sqrt{\pi_c (1 - \pi_c) \operatorname{var}_d + 2 l_2}
 
     with the shares :math:`\pi` of the classes.  Features need not be scaled for it, and are not
-    copied.  Products of float32 features are in float32.
+    copied.  Products of float32 features are in float32; L-BFGS then ends at the latest where no
+    lower loss shows in them.
 
     The methods are those of [1]_ and [2]_.
 
