@@ -160,7 +160,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     >>> classifier.predict(X[:3])
     array([0, 0, 0])
     >>> round(classifier.score(X, y), 2)
-    0.98
+    0.99
     """
 
     def __init__(
