@@ -145,9 +145,10 @@ def adagrad(parameter: np.ndarray, squares: np.ndarray, gradient: np.ndarray, ra
 def train(
     model: Model, contexts: np.ndarray, targets: np.ndarray, options: argparse.Namespace
 ) -> tuple[list[float], float]:
-    """All tokens once, in random order: the loss of every step, and tokens per second."""
+    """Mini-batches in random order, none twice: the loss of each, and tokens per second."""
     order = np.random.default_rng(options.seed).permutation(len(targets))
-    batches = np.array_split(order, max(len(order) // options.batch_size, 1))
+    order = order[: options.steps * options.batch_size]
+    batches = np.split(order, range(options.batch_size, len(order), options.batch_size))
     losses = []
     start = time.perf_counter()
     with tqdm(total=len(order), desc="train", unit="token", unit_scale=True) as progress:
@@ -216,7 +217,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--backend", choices=["cython", "numba", "numpy"], help="what computes the loss")
     add("--unfused", action="store_true", help="train with all scores of a mini-batch in memory")
-    add("--tokens", type=positive_integer, default=400_000, help="how many to read")
+    add("--tokens", type=positive_integer, default=1_000_000, help="how many to read")
+    add("--steps", type=positive_integer, default=150, help="mini-batches, at most all of the text")
     add("--vocabulary", type=positive_integer, default=20_000, help="tokens known, at most")
     add("--context", type=positive_integer, default=4, help="tokens to predict the next one from")
     add("--dimension", type=positive_integer, default=24, help="of the vector of a token")
@@ -233,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     fl.set_backend(options.backend)
     codes, vocabulary = encode(read_tokens(options.tokens, options.seed), options.vocabulary)
     contexts, targets = with_contexts(codes, options.context)
-    held_out = len(targets) // 20
+    held_out = min(len(targets) // 10, 10_000)
     model = Model(vocabulary, options)
     test = contexts[-held_out:], targets[-held_out:]
 
