@@ -402,7 +402,8 @@ def _chunks(plan: _Plan) -> Iterator[tuple[int, Any, np.ndarray]]:
     weight, inputs = _with_bias(plan.layer), plan.layer.inputs
     size = min(plan.chunk, -(-plan.num_rows // plan.block) * plan.block)
     scores = np.empty((size, len(weight)), weight.dtype)
-    room = np.ones((size, weight.shape[1]), weight.dtype)
+    room = np.zeros((size, weight.shape[1]), weight.dtype)
+    room[:, inputs.shape[1] :] = 1
     direct = plan.kept is None and plan.layer.bias is None and inputs.flags.c_contiguous
     for start in range(0, plan.num_rows, plan.chunk):
         num_rows = min(plan.chunk, plan.num_rows - start)
