@@ -55,17 +55,20 @@ def logsumexp(logits, out, num_threads):
 def softmax_backward(grad_output, probs, out, num_threads):
     g, p = _float64(grad_output), _float64(probs)
     with np.errstate(all="ignore"):
-        # In extended precision where the platform has it: float64 may not hold the difference.
-        total = (g.astype(np.longdouble) * p).sum(axis=1, keepdims=True)
-        _round_to(out, (p * (g - total)).astype(np.float64))
+        unit = _unit(_sum(g * p))
+        _round_to(out, p * (unit * g - _sum(unit * g * p)) / unit)
 
 
 def log_softmax_backward(grad_output, log_probs, out, num_threads):
     g, log_p = _float64(grad_output), _float64(log_probs)
     with np.errstate(all="ignore"):
-        # In extended precision where the platform has it: float64 may not hold the sum.
-        total = g.sum(axis=1, keepdims=True, dtype=np.longdouble)
-        _round_to(out, (g - np.exp(log_p) * total).astype(np.float64))
+        unit = _unit(_sum(g))
+        _round_to(out, (unit * g - np.exp(log_p) * _sum(unit * g)) / unit)
+
+
+def _unit(total):
+    """A power of two by which a sum near the end of the range is brought away from it, else 1."""
+    return np.where(np.abs(total) < 2.0**970, 1.0, 2.0**-64)
 
 
 def check_target(target, weight, sample_weight, num_classes, ignore_index, num_threads):
