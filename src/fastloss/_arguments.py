@@ -261,10 +261,7 @@ def label_smoothing(value: Any) -> float:
 
 
 def z_loss(value: Any) -> float:
-    number = _real(value, "z_loss")
-    if not 0.0 <= number < math.inf:
-        raise ValueError(f"z_loss = {number} is not a finite number of at least 0")
-    return number
+    return _not_negative(value, "z_loss")
 
 
 def reduction(value: Any, normalizer: Any) -> float | None:
@@ -282,9 +279,7 @@ def reduction(value: Any, normalizer: Any) -> float | None:
 
 
 def l2(value: Any, reduction: str = "mean") -> float:
-    number = _real(value, "l2")
-    if not 0.0 <= number < math.inf:
-        raise ValueError(f"l2 = {number} is not a finite number of at least 0")
+    number = _not_negative(value, "l2")
     if number and reduction == "none":
         raise ValueError(f"l2 = {number} belongs to no single row; reduction = 'none'")
     return number
@@ -300,6 +295,13 @@ def chunk_rows(value: Any) -> int | None:
     if count < 1:
         raise ValueError(f"chunk_rows = {count} is less than 1")
     return count
+
+
+def _not_negative(value: Any, name: str) -> float:
+    number = _real(value, name)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name} = {number} is not a finite number of at least 0")
+    return number
 
 
 def _real(value: Any, name: str) -> float:

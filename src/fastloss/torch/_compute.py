@@ -108,42 +108,35 @@ def losses(inputs: Inputs, options: Options) -> Tensor:
     """The loss alone, in the dtype that it is computed in."""
     function = getattr(fl, options.name)
     arrays = to_array(inputs.scores), to_array(inputs.target)
-    sample_weight = maybe_to_array(inputs.sample_weight)
-    return _loss_tensor(function(*arrays, **_keywords(inputs, sample_weight, options)), inputs)
+    return loss_tensor(function(*arrays, **_keywords(inputs, options)), inputs.scores.dtype)
 
 
 def losses_and_gradient(
     inputs: Inputs, options: Options, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Both from one pass; the gradient is that of the sum where the losses are not reduced."""
-    return _losses_and_gradient(inputs, maybe_to_array(inputs.sample_weight), options, out)
-
-
-def _losses_and_gradient(
-    inputs: Inputs, sample_weight: np.ndarray | None, options: Options, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
     function = getattr(fl, f"{options.name}_with_grad")
     arrays = to_array(inputs.scores), to_array(inputs.target)
-    keywords = _keywords(inputs, sample_weight, options)
-    loss, grad = function(*arrays, out=maybe_to_array(out), **keywords)
-    return _loss_tensor(loss, inputs), to_tensor(grad) if out is None else out
+    loss, grad = function(*arrays, out=maybe_to_array(out), **_keywords(inputs, options))
+    return loss_tensor(loss, inputs.scores.dtype), to_tensor(grad) if out is None else out
 
 
-def _keywords(inputs: Inputs, sample_weight: np.ndarray | None, options: Options) -> dict[str, Any]:
+def _keywords(inputs: Inputs, options: Options) -> dict[str, Any]:
     keywords = options._asdict()
     if keywords.pop("name") == "nll_loss":
         del keywords["label_smoothing"], keywords["z_loss"]
     return keywords | {
         "weight": maybe_to_array(inputs.weight),
-        "sample_weight": sample_weight,
+        "sample_weight": maybe_to_array(inputs.sample_weight),
         "axis": inputs.dim,
         "num_threads": num_threads(),
     }
 
 
-def _loss_tensor(loss: float | np.ndarray, inputs: Inputs) -> Tensor:
+def loss_tensor(loss: float | np.ndarray, dtype: torch.dtype) -> Tensor:
+    """A loss of scores of a dtype, in the one that it is computed in."""
     if not isinstance(loss, np.ndarray):
-        loss = np.array(loss, np.float64 if inputs.scores.dtype is torch.float64 else np.float32)
+        loss = np.array(loss, np.float64 if dtype is torch.float64 else np.float32)
     return torch.from_numpy(loss)
 
 
@@ -164,14 +157,18 @@ def gradient(
         return times(grad, factor)
 
     options = options._replace(reduction="sum")
-    rows = upstream.detach().to(torch.float64)
-    if inputs.sample_weight is not None:
-        rows = rows * inputs.sample_weight.detach()
+    rows = weighted_rows(upstream, inputs.sample_weight)
     if not bool(rows.isfinite().all()):
         _, grad = losses_and_gradient(inputs, options, out)
         return times(grad, upstream)
-    _, grad = _losses_and_gradient(inputs, to_array(rows.abs()), options, out)
+    _, grad = losses_and_gradient(inputs._replace(sample_weight=rows.abs()), options, out)
     return times(grad, rows.sign()) if bool((rows < 0).any()) else grad
+
+
+def weighted_rows(upstream: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """Gradients with respect to the losses of the rows, as weights of these, which may be < 0."""
+    rows = upstream.detach().to(torch.float64)
+    return rows if sample_weight is None else rows * sample_weight.detach()
 
 
 def uniform(tensor: Tensor) -> float | None:

@@ -8,7 +8,14 @@ from torch import Tensor
 
 import fastloss as fl
 from fastloss.torch import _compute, _ops
-from fastloss.torch._compute import Inputs, Options, maybe_to_array, to_array, to_tensor
+from fastloss.torch._compute import (
+    Inputs,
+    Options,
+    loss_tensor,
+    maybe_to_array,
+    to_array,
+    to_tensor,
+)
 
 
 class LinearInputs(NamedTuple):
@@ -104,52 +111,35 @@ class LinearLoss(torch.autograd.Function):
 
 def losses(inputs: LinearInputs, options: Options, l2: float) -> Tensor:
     """The loss alone."""
-    sample_weight = maybe_to_array(inputs.sample_weight)
-    arrays, keywords = _arguments(inputs, sample_weight, options, l2)
-    return _loss_tensor(fl.linear_cross_entropy(*arrays, **keywords), inputs)
+    arrays, keywords = _arguments(inputs, options, l2)
+    return loss_tensor(fl.linear_cross_entropy(*arrays, **keywords), inputs.input.dtype)
 
 
 def _losses_and_gradients(
     inputs: LinearInputs, options: Options, l2: float, needs_input: bool
 ) -> list[Any]:
-    sample_weight = maybe_to_array(inputs.sample_weight)
-    return _weighted(inputs, sample_weight, options, l2, needs_input)
-
-
-def _weighted(
-    inputs: LinearInputs,
-    sample_weight: np.ndarray | None,
-    options: Options,
-    l2: float,
-    needs_input: bool,
-) -> list[Any]:
     """The loss and the gradients with respect to input, linear_weight and linear_bias."""
-    arrays, keywords = _arguments(inputs, sample_weight, options, l2)
+    arrays, keywords = _arguments(inputs, options, l2)
     loss, found = fl.linear_cross_entropy_with_grad(*arrays, inputs_grad=needs_input, **keywords)
     gradients = (found.inputs, found.linear_weight, found.linear_bias)
-    return [_loss_tensor(loss, inputs), *(g if g is None else to_tensor(g) for g in gradients)]
+    total = loss_tensor(loss, inputs.input.dtype)
+    return [total, *(g if g is None else to_tensor(g) for g in gradients)]
 
 
 def _arguments(
-    inputs: LinearInputs, sample_weight: np.ndarray | None, options: Options, l2: float
+    inputs: LinearInputs, options: Options, l2: float
 ) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
     keywords = options._asdict()
     del keywords["name"]
     keywords |= {
         "linear_bias": maybe_to_array(inputs.linear_bias),
         "weight": maybe_to_array(inputs.weight),
-        "sample_weight": sample_weight,
+        "sample_weight": maybe_to_array(inputs.sample_weight),
         "l2": l2,
         "num_threads": _compute.num_threads(),
     }
     arrays = to_array(inputs.input), to_array(inputs.linear_weight), to_array(inputs.target)
     return arrays, keywords
-
-
-def _loss_tensor(loss: float | np.ndarray, inputs: LinearInputs) -> Tensor:
-    if not isinstance(loss, np.ndarray):
-        loss = np.array(loss, np.float64 if inputs.input.dtype is torch.float64 else np.float32)
-    return torch.from_numpy(loss)
 
 
 def _gradients(
@@ -163,16 +153,16 @@ def _gradients(
         _, *gradients = _losses_and_gradients(inputs, options, l2, needs_input)
         return _times(gradients, value)
 
-    rows = upstream.detach().to(torch.float64)
-    if inputs.sample_weight is not None:
-        rows = rows * inputs.sample_weight.detach()
+    rows = _compute.weighted_rows(upstream, inputs.sample_weight)
     if not bool(rows.isfinite().all()):
         return _differentiable_gradients(upstream, inputs, options, l2)
     options = options._replace(reduction="sum")
-    parts = [rows.clamp(min=0), rows.clamp(max=0).neg()]  # weights are positive
-    _, *gradients = _weighted(inputs, to_array(parts[0]), options, l2, needs_input)
+    parts = [  # weights are positive
+        inputs._replace(sample_weight=part) for part in (rows.clamp(min=0), rows.clamp(max=0).neg())
+    ]
+    _, *gradients = _losses_and_gradients(parts[0], options, l2, needs_input)
     if bool((rows < 0).any()):
-        _, *others = _weighted(inputs, to_array(parts[1]), options, l2, needs_input)
+        _, *others = _losses_and_gradients(parts[1], options, l2, needs_input)
         for grad, other in zip(gradients, others, strict=True):
             if grad is not None:
                 grad.sub_(other)

@@ -258,11 +258,9 @@ def _check(
     normalizer: Any,
     backend: Any,
 ) -> _Shard:
-    if problem := F._unsuited({"logits_shard": logits_shard, "target": target}):
+    if problem := F.unsuited({"logits_shard": logits_shard, "target": target}):
         raise TypeError(problem)
-    if logits_shard.dtype not in F._FLOATS:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in F._FLOATS)
-        raise TypeError(f"logits_shard has dtype {logits_shard.dtype}; expected one of {names}")
+    F.check_float(logits_shard, "logits_shard")
     if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
         raise TypeError(f"target has dtype {target.dtype}; expected integers, the class indices")
     if not logits_shard.dim():

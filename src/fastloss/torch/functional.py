@@ -114,7 +114,7 @@ def _map(
         raise ValueError(f"dim is not given, and {function.__name__} does not guess it")
     if dtype is not None:
         input = input.to(dtype)
-    _check_float(input)
+    check_float(input)
     dims = max(input.dim(), 1)
     if not -dims <= dim < dims:
         raise IndexError(f"dim = {dim} is out of range for input of shape {tuple(input.shape)}")
@@ -369,7 +369,7 @@ def linear_cross_entropy(
     result = _elsewhere(linear_cross_entropy, inputs._asdict(), theirs, own, fallback)
     if result is not None:
         return result
-    _check_float(input)
+    check_float(input)
     _check_no_gradient(weight=weight, sample_weight=sample_weight)
     _linear.check_shapes(inputs)
     if ignore_index is None:
@@ -392,7 +392,7 @@ def _loss(
     result = _elsewhere(function, dict(zip(names, inputs, strict=True)), theirs, own, fallback)
     if result is not None:
         return result
-    _check_float(inputs.scores)
+    check_float(inputs.scores)
     _check_no_gradient(weight=inputs.weight, sample_weight=inputs.sample_weight)
     inplace = own.pop("inplace", False)
     return apply(inputs, _options(function.__name__, inputs.soft, **theirs, **own), inplace)
@@ -447,10 +447,10 @@ def _check_inplace(inputs: Inputs, eager: bool, differentiable: bool) -> None:
         raise ValueError("inplace=True: input is a leaf of the graph, and must not be overwritten")
 
 
-def _check_float(input: Tensor) -> None:
-    if input.dtype not in _FLOATS:
+def check_float(scores: Tensor, name: str = "input") -> None:
+    if scores.dtype not in _FLOATS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
-        raise TypeError(f"input has dtype {input.dtype}; expected one of {names}")
+        raise TypeError(f"{name} has dtype {scores.dtype}; expected one of {names}")
 
 
 def _check_no_gradient(**tensors: Tensor | None) -> None:
@@ -484,7 +484,7 @@ def _elsewhere(
     if has_torch_function_variadic(*tensors.values()):
         keywords = {**tensors, **theirs, **own, "fallback": fallback}
         return handle_torch_function(function, tuple(tensors.values()), **keywords)
-    problem = _unsuited(tensors)
+    problem = unsuited(tensors)
     if problem is None:
         return None
     if not fallback:
@@ -496,7 +496,7 @@ def _elsewhere(
     return getattr(torch.nn.functional, function.__name__)(**tensors, **theirs)
 
 
-def _unsuited(tensors: dict[str, Any]) -> str | None:
+def unsuited(tensors: dict[str, Any]) -> str | None:
     """Why the kernels cannot take one of the tensors, or None."""
     for name, tensor in tensors.items():
         if tensor is None and name in _OPTIONAL:
