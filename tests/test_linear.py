@@ -1,20 +1,24 @@
 """The linear head: against oracles, by chunks, over options, layouts and errors."""
 
+import ctypes
 import functools
 import itertools
 import json
 import subprocess
 import sys
 import threading
+import time
+import types
 from pathlib import Path
 
 import numpy as np
 import oracles
 import pytest
+import threadpoolctl
 from conftest import need
 
 import fastloss as fl
-from fastloss import linear
+from fastloss import _blas, _reference, linear
 
 IGNORED = -7
 DTYPES = [np.float32, np.float64]
@@ -29,7 +33,6 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(linear, "_BLOCK_BYTES", 1 << 10)
     monkeypatch.setattr(linear, "_LEAST_ROWS", 8)
     monkeypatch.setattr(linear, "_PRODUCT_ELEMENTS", 100)
-    monkeypatch.setattr(linear, "_threads_for", lambda num_threads, *_: num_threads or 2)
 
 
 class Problem:
@@ -518,33 +521,177 @@ def test_from_several_python_threads_at_once(backend):
             close(result, array, 1e-5, scale=0.0)
 
 
-def test_threads_change_no_bit_of_a_loss(small_chunks, backend):
-    problem = Problem((300, 37, 11), np.float32, ("linear_bias", "sample_weight"))
-    losses = {problem.loss(backend=backend, num_threads=n) for n in (1, 2, 3, 50)}
-    assert len(losses) == 1
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(dtype, small_chunks, backend):
+    problem = Problem((300, 37, 11), dtype, ("linear_bias", "sample_weight"))
+    results = [
+        problem.loss_and_gradients(inputs_grad=True, backend=backend, num_threads=threads)
+        for threads in (1, 2, 3, 50)
+    ]
+    (loss, gradients), *others = results
+    assert loss == problem.loss(backend=backend, num_threads=3)
+    for other_loss, other_gradients in others:
+        assert other_loss == loss
+        for result, right in zip(other_gradients, gradients, strict=True):
+            np.testing.assert_array_equal(result, right)
 
 
-def test_threads_that_the_system_refuses(monkeypatch, backend):
-    """One thread does the work, and no error is raised."""
-    problem = Problem((2000, 600, 5), np.float32)
+def test_no_more_threads_than_chunks(small_chunks, monkeypatch):
+    threads = set()
+
+    def kernel(*arguments):
+        threads.add(threading.get_ident())
+        time.sleep(0.01)
+        return 0.0
+
+    monkeypatch.setattr(_reference, "cross_entropy", kernel)
+    problem = Problem((16, 37, 11), np.float32)
+    for asked, used in [(1, 1), (2, 2), (9, 4)]:
+        threads.clear()
+        problem.loss(backend="numpy", num_threads=asked)
+        assert len(threads) == used
+
+
+@pytest.mark.parametrize("culprit", ["caller", "other"])
+def test_an_error_in_one_thread(culprit, small_chunks, monkeypatch):
+    """The others leave their chunks and wait for nobody."""
+    right, rows = _reference.cross_entropy, []
+
+    def kernel(scores, *arguments):
+        rows.append(len(scores))
+        is_caller = threading.current_thread() is threading.main_thread()
+        if len(rows) > 4 and is_caller == (culprit == "caller"):
+            raise MemoryError("no scratch")
+        time.sleep(0.001)
+        return right(scores, *arguments)
+
+    monkeypatch.setattr(_reference, "cross_entropy", kernel)
+    problem = Problem((3000, 37, 11), np.float32)
+    with pytest.raises(MemoryError, match="no scratch"):
+        problem.loss_and_gradients(backend="numpy", num_threads=3)
+    assert sum(rows) < 1000
+
+
+def test_threads_that_the_system_refuses(small_chunks, monkeypatch, backend):
+    """Those that there are do the work, and no error is raised."""
+    problem = Problem((2000, 60, 5), np.float32)
     right = problem.loss(backend=backend, num_threads=1)
+    start, started = threading.Thread.start, []
 
     def refuse(thread):
-        raise RuntimeError("can't start new thread")
+        if len(started) == most:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert problem.loss(backend=backend, num_threads=2) == right
+    for most in (0, 1):
+        started.clear()
+        assert problem.loss(backend=backend, num_threads=4) == right
+        assert len(started) == most
 
 
-def test_other_thread_pools_are_left_alone(backend):
-    threadpoolctl = need("threadpoolctl")
-    problem = Problem((3000, 400, 20), np.float32)
-    with threadpoolctl.threadpool_limits(1, user_api="blas"):
-        before = threadpoolctl.threadpool_info()
+def blas_threads():
+    """Of NumPy's BLAS; others, that of SciPy for one, are left alone."""
+    (found,) = {
+        pool["num_threads"]
+        for pool in threadpoolctl.threadpool_info()
+        if pool["user_api"] == "blas" and "numpy" in pool["filepath"]
+    }
+    return found
+
+
+own_blas = pytest.mark.skipif(not _blas.can_be_held(), reason="NumPy has another BLAS")
+
+
+def test_the_blas_of_numpy_is_known():
+    """That of its wheels is, at least."""
+    if np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"] == "scipy-openblas":
+        assert _blas.can_be_held()
+
+
+@own_blas
+def test_blas_has_one_thread_during_a_call(small_chunks, monkeypatch, backend):
+    right, seen = linear._score, []
+
+    def score(*arguments):
+        seen.append(blas_threads())
+        right(*arguments)
+
+    monkeypatch.setattr(linear, "_score", score)
+    problem = Problem((100, 37, 11), np.float32)
+    with threadpoolctl.threadpool_limits(3, user_api="blas"):
         problem.loss_and_gradients(backend=backend, num_threads=2)
-        after = threadpoolctl.threadpool_info()
-    blas = [[pool for pool in info if pool["user_api"] == "blas"] for info in (before, after)]
-    assert blas[0] == blas[1]
+        assert blas_threads() == 3
+        monkeypatch.setattr(linear, "_score", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            problem.loss(backend=backend, num_threads=2)
+        assert blas_threads() == 3
+    assert len(seen) > 10
+    assert set(seen) == {1}
+
+
+@pytest.mark.parametrize("reason", ["another library", "no library"])
+def test_a_blas_that_cannot_be_held(reason, small_chunks, monkeypatch):
+    """It keeps its threads, and one thread takes the chunks."""
+
+    def load(path):
+        if reason == "no library":
+            raise OSError(path)
+        return types.SimpleNamespace()
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(_blas, "_openblas", _blas._openblas.__wrapped__)
+    assert not _blas.can_be_held()
+    problem, threads = Problem((100, 37, 11), np.float32), set()
+    right = linear._score
+
+    def score(*arguments):
+        threads.add(threading.get_ident())
+        right(*arguments)
+
+    monkeypatch.setattr(linear, "_score", score)
+    loss, gradients = problem.loss_and_gradients(num_threads=4)
+    assert threads == {threading.get_ident()}
+    exact_loss, (weight_grad, *_) = problem.exact()
+    assert loss == pytest.approx(float(exact_loss), rel=1e-5)
+    close(gradients.linear_weight, weight_grad, 1e-5)
+
+
+@own_blas
+def test_blas_is_set_free_by_the_last_who_leaves():
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        _blas.one_thread.__enter__()
+        _blas.one_thread.__enter__()
+        _blas.one_thread.__exit__()
+        assert blas_threads() == 1
+        _blas.one_thread.__exit__()
+        assert blas_threads() == 2
+
+
+@own_blas
+def test_a_fork_during_a_call(python):
+    """The child gets the threads of BLAS back, and is not shut out by who is not there."""
+    python(
+        "import os, threading, fastloss as fl\n"
+        "from fastloss import _blas\n"
+        "blas = _blas._openblas()\n"
+        "blas.set_num_threads(2)\n"
+        "inside, leave = threading.Event(), threading.Event()\n"
+        "def call():\n"
+        "    with _blas.one_thread:\n"
+        "        inside.set(); leave.wait()\n"
+        "thread = threading.Thread(target=call); thread.start(); inside.wait()\n"
+        "pid = os.fork()\n"
+        "if not pid:\n"
+        "    right = blas.get_num_threads() == 2\n"
+        "    fl.linear_cross_entropy([[1.0]], [[1.0], [1.0]], [0])\n"
+        "    os._exit(not right or blas.get_num_threads() != 2)\n"
+        "during = blas.get_num_threads()\n"
+        "leave.set(); thread.join()\n"
+        "assert os.waitpid(pid, 0)[1] == 0\n"
+        "assert during == 1 and blas.get_num_threads() == 2\n"
+    )
 
 
 def test_after_a_fork(python):
@@ -588,12 +735,11 @@ def peak_mib(backend, shape):
 def test_peak_memory(rows, backend):
     need("rich")
     peak = peak_mib(backend, (rows, 64, 50000))
-    assert 10 < peak < 64  # a chunk's scores take 24
+    assert 10 < peak < 64  # the scores of each of two threads take 20
 
 
 def test_benchmark(tmp_path):
     need("rich")
-    need("threadpoolctl")
     table, readme = tmp_path / "linear.json", tmp_path / "README.md"
     readme.write_text("before\n<!-- linear:begin -->\nold\n<!-- linear:end -->\nafter\n")
     command = [sys.executable, BENCHMARK, "--quick", "--rounds", "1"]

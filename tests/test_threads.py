@@ -266,7 +266,6 @@ def test_taskset(python, backend):
 @parallel_build
 def test_limits_of_threadpoolctl(python):
     """They reach the default, in the thread that they are set in, and give it back."""
-    need("threadpoolctl")
     code = """
 from concurrent.futures import ThreadPoolExecutor
 from threadpoolctl import threadpool_limits

@@ -1,35 +1,38 @@
 """The linear head: scores X W^T + b, their cross-entropy and L2 regularization, fused.
 
 Rows go through in chunks: the product of a chunk with W, the loss and its gradient over the scores
-in place, and the products of that gradient with the chunk and with W.  The scores of all rows never
-exist.  Two things are less plain than that:
+in place, and the products of that gradient with W and with the chunk.  The scores of all rows never
+exist.  Three things are less plain than that:
 
+- A chunk is the work of one thread, its products included, and threads take chunks until none is
+  left.  BLAS would put its own threads on each product; they wait for the next in a loop, and what
+  lies between two products would have one processor less.  So BLAS is held to one thread.
+- Every row of the gradient of W is a sum over the chunks.  They are added in their order, whoever
+  is done first, so that its bits do not depend on the threads.
 - BLAS picks its code by the shape of a product, and may round a row differently among 100 rows than
   among 1000.  All products that make scores therefore have one and the same shape, that of a
   *block*; a chunk is a whole number of blocks.
-- Between two products the threads of BLAS wait for work in a loop, and so would those of OpenMP
-  between two kernels, each taking the processor from the other.  Here kernels run on Python
-  threads, which sleep.
 """
 
 import contextlib
 import math
-import sys
+import threading
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastloss import _arguments, _backend, _threads
+from fastloss import _arguments, _backend, _blas, _threads
 from fastloss.functional import check_labels
 
-_BLOCK_BYTES = 2 << 20  # of scores: what caches hold,
-_LEAST_ROWS = 512  # but no fewer rows, with which products are slow,
-_MOST_BYTES = 24 << 20  # unless they take more than this
+_BLOCK_BYTES = 4 << 20  # of scores: what caches hold,
+_BLOCK_PRODUCTS = 1 << 23  # of numbers: what is worth a thread,
+_LEAST_ROWS = 1024  # but no fewer rows, with which products are slow,
+_LEAST_BLOCKS = 4  # unless there would be too few blocks to share out
+_MOST_BYTES = 20 << 20  # or they would take more than this
 _PRODUCT_ELEMENTS = 1 << 18  # of a gradient of W, to be added while they are in cache
-_POOL_COST = 32  # what starting Python threads takes, in wake-ups of OpenMP's
+_COPY_COST = 4  # of a weight, in passes over a score
 
 
 class LinearGradients(NamedTuple):
@@ -95,13 +98,14 @@ def linear_cross_entropy(
         As in `cross_entropy`.  The divisor of the mean is that of the data's part alone.
     chunk_rows : int, optional
         How many rows to take at a time, rounded up to a whole number of blocks; by default one.
-        A block is 2 MiB of scores, but at least 512 rows where these are under 24 MiB.
+        A block is up to 4 MiB of scores, or 1024 rows where these are under 20 MiB.
     backend : {"auto", "cython", "numba", "numpy"}, optional
         See `set_backend`.  The products are those of NumPy, whatever it is.
     num_threads : int, optional
-        The most threads to use between the products; small work runs on one.  See
-        `set_num_threads`.  Products have the threads of NumPy's BLAS, which
-        ``threadpoolctl.threadpool_limits`` sets.
+        The most threads to use, one for each chunk.  See `set_num_threads`.  During the call
+        NumPy's BLAS is held to one thread, for the whole process.  Where it is no OpenBLAS with
+        threads of POSIX, which NumPy brings along, one thread takes the chunks, and BLAS has its
+        own.
 
     Returns
     -------
@@ -122,15 +126,15 @@ def linear_cross_entropy(
 
     Notes
     -----
-    The loss of a row is the same to the bit whatever `chunk_rows` and `num_threads`.  It is not
-    for another number of rows that count, or of BLAS threads: BLAS rounds by the shape of a
-    product.
+    The loss of a row is the same to the bit whatever `chunk_rows` and `num_threads`, and gradients
+    whatever `num_threads`.  They are not for another number of rows that count: BLAS rounds by the
+    shape of a product.
 
     Scores are rounded to the dtype of `inputs`, and so is the loss of each row.  Extra memory is
-    about 26 MiB, whatever N, or a chunk of scores where that is larger.  Copies are made of a
-    `linear_weight` where there is a bias, `inputs` are sparse or it is contiguous in neither
-    order, of `inputs` whose leading axes do not merge into one, and of probabilities in another
-    dtype.
+    about 22 MiB for each thread, whatever N, or a chunk of scores where that is larger.  Copies
+    are made of a `linear_weight` where there is a bias and far more rows than features, where
+    `inputs` are sparse or where it is contiguous in neither order, of `inputs` whose leading axes
+    do not merge into one, and of probabilities in another dtype.
 
     The method is that of [1]_.
 
@@ -294,9 +298,9 @@ class _Plan(NamedTuple):
     def scale(self) -> float:
         return 1.0 / self.divisor if self.divisor else 0.0
 
-    def rows(self, array: Any, start: int, stop: int) -> Any:
+    def rows(self, array: Any, rows: slice) -> Any:
         """A part of the rows that count."""
-        return array[start:stop] if self.kept is None else array[self.kept[start:stop]]
+        return array[rows] if self.kept is None else array[self.kept[rows]]
 
 
 def _plan(
@@ -324,7 +328,9 @@ def _plan(
     asked = _arguments.chunk_rows(chunk_rows)
     options = (_arguments.label_smoothing(options[0]), _arguments.z_loss(options[1]))
     ignored = _arguments.ignore_index(ignore_index)
-    threads = _threads_for(num_threads, scores.array.size, kernels)
+    threads = _threads.threads_for(num_threads)
+    if not _blas.can_be_held():
+        threads = 1
     (t, w, s, *rest), total_weight, soft = check_labels(
         kernels, scores, target, weight, sample_weight, ignored, options, True, 1
     )
@@ -335,18 +341,12 @@ def _plan(
     else:
         kept = np.empty(0, np.intp)  # no row counts, not even one that holds a NaN
     count = len(t) if kept is None else len(kept)
-    block, chunk = _sizes(count, scores.array.shape[-1] * scores.array.itemsize, asked)
+    block, chunk = _sizes(count, layer, asked)
     kernel = kernels.cross_entropy_soft if soft else kernels.cross_entropy
     return _Plan(
         layer, kernel, t, w, s, tuple(rest), penalty, reduction, divisor, kept, count, block,
-        chunk, threads,
+        chunk, min(threads, -(-count // chunk)),
     )  # fmt: skip
-
-
-def _threads_for(num_threads: int | None, elements: int, kernels: ModuleType) -> int:
-    """On how many Python threads kernels run."""
-    threads = min(_threads.threads_for(num_threads, elements // _POOL_COST), kernels.most_threads())
-    return threads if threads == 1 or _threads.can_start(threads) else 1
 
 
 def _kept(
@@ -369,10 +369,16 @@ def _kept(
     return None if counts.all() else np.flatnonzero(counts)
 
 
-def _sizes(count: int, row_bytes: int, asked: int | None) -> tuple[int, int]:
+def _sizes(count: int, layer: _arguments.Linear, asked: int | None) -> tuple[int, int]:
     """The rows of a block and of a chunk."""
-    most = max(_BLOCK_BYTES // row_bytes, min(_LEAST_ROWS, _MOST_BYTES // row_bytes), 1)
+    num_classes, num_features = layer.weight.shape
+    row_bytes = num_classes * layer.weight.itemsize
+    row_products = num_classes * max(num_features, 1)
+    most = min(_BLOCK_BYTES // row_bytes, _BLOCK_PRODUCTS // row_products)
+    most = max(most, min(_LEAST_ROWS, -(-count // _LEAST_BLOCKS), _MOST_BYTES // row_bytes), 1)
     blocks = max(-(-count // most), 1)
+    if blocks > 1:
+        blocks += blocks % 2  # for two threads to have as many
     block = max(-(-count // blocks), 1)
     return block, block * min(-(-(asked or 1) // block), blocks)
 
@@ -382,94 +388,152 @@ def _run(
 ) -> float | np.ndarray:
     """The loss, and its gradients into where they go."""
     losses = np.empty((plan.num_rows, 1), plan.layer.weight.dtype)
-    with np.errstate(all="ignore"), _row_kernel(plan, losses, gradients is not None) as kernel:
-        if gradients is not None and not accumulate:
-            _clear(plan, gradients)
-        for start, x, scores in _sparse_chunks(plan) if plan.layer.sparse else _chunks(plan):
-            kernel(start, scores)
-            if gradients is None:
-                continue
-            _add_to_weight(gradients, scores, x)
-            if gradients.inputs is not None:
-                _add_to_inputs(plan, gradients.inputs, start, scores, accumulate)
-        if gradients is not None and plan.l2:
+    turns = _Turns(plan.num_rows, plan.chunk)
+    chunks = _sparse_chunks(plan) if plan.layer.sparse else _dense_chunks(plan)
+    if gradients is not None and not accumulate:
+        _clear(plan, gradients)
+
+    def work() -> None:
+        with np.errstate(all="ignore"):
+            for rows, x, scores in chunks(turns):
+                _score(plan, rows, scores, losses, gradients is not None)
+                if gradients is None:
+                    continue
+                if gradients.inputs is not None:
+                    _add_to_inputs(plan, gradients.inputs, rows, scores, accumulate)
+                _add_to_layer(gradients, scores, x, turns, rows)
+
+    with _blas.one_thread:
+        _on_threads(plan.threads, work, turns)
+    if gradients is not None and plan.l2:
+        with np.errstate(all="ignore"):
             _add_penalty(gradients.linear_weight, plan.layer.weight, plan.l2)
     return _reduce(plan, losses)
 
 
-def _chunks(plan: _Plan) -> Iterator[tuple[int, Any, np.ndarray]]:
-    """Every chunk: where it starts, its inputs with a column of ones for the bias, its scores."""
-    weight, inputs = _with_bias(plan.layer), plan.layer.inputs
-    size = min(plan.chunk, -(-plan.num_rows // plan.block) * plan.block)
-    scores = np.empty((size, len(weight)), weight.dtype)
-    room = np.zeros((size, weight.shape[1]), weight.dtype)
-    room[:, inputs.shape[1] :] = 1
-    direct = plan.kept is None and plan.layer.bias is None and inputs.flags.c_contiguous
-    for start in range(0, plan.num_rows, plan.chunk):
-        num_rows = min(plan.chunk, plan.num_rows - start)
-        x = plan.rows(inputs, start, start + num_rows)
-        if not direct or num_rows % plan.block:
-            room[:num_rows, : x.shape[1]] = x
-            x = room
-        for first in range(0, num_rows, plan.block):
-            rows = slice(first, first + plan.block)
-            np.matmul(x[rows], weight.T, out=scores[rows])
-        yield start, x[:num_rows], scores[:num_rows]
+_Chunk = tuple[slice, Any, np.ndarray]  # rows, inputs, scores
 
 
-def _sparse_chunks(plan: _Plan) -> Iterator[tuple[int, Any, np.ndarray]]:
-    """The same for sparse inputs, a row of whose scores does not depend on others."""
-    transposed = np.ascontiguousarray(_with_bias(plan.layer).T)
-    for start in range(0, plan.num_rows, plan.chunk):
-        x = plan.rows(plan.layer.inputs, start, min(start + plan.chunk, plan.num_rows))
-        if plan.layer.bias is not None:
-            ones = np.ones((x.shape[0], 1), x.dtype)
-            x = sys.modules["scipy.sparse"].hstack([x, ones], format="csr")
-        yield start, x, x @ transposed
+class _Turns:
+    """Hands out the chunks, and lets what they add to a sum be added in their order.
+
+    So sums have the same bits on any number of threads.
+    """
+
+    def __init__(self, num_rows: int, chunk: int) -> None:
+        self._chunks = (
+            slice(start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk)
+        )
+        self._next: dict[int, int] = {}  # by part of the sum: the row that the next chunk starts at
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def __iter__(self) -> Iterator[slice]:
+        return self
+
+    def __next__(self) -> slice:
+        with self._changed:
+            if self._stopped:
+                raise StopIteration
+            return next(self._chunks)
+
+    @contextlib.contextmanager
+    def turn(self, part: int, rows: slice) -> Iterator[None]:
+        """When the chunks before these rows have added their share of a part."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._next.get(part, 0) == rows.start)
+        yield
+        with self._changed:
+            self._next[part] = rows.stop
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Leave the other chunks, and let nobody wait for what will not come."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
 
 
-def _with_bias(layer: _arguments.Linear) -> np.ndarray:
-    """The weights, and the bias as one of them: a pass over the scores takes longer."""
-    if layer.bias is None:
-        return layer.weight
-    return np.hstack([layer.weight, layer.bias[:, None]])
+def _on_threads(threads: int, work: Callable[[], None], turns: _Turns) -> None:
+    """Let so many threads take chunks."""
 
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException:
+            turns.stop()
+            raise
 
-@contextlib.contextmanager
-def _row_kernel(
-    plan: _Plan, losses: np.ndarray, with_grad: bool
-) -> Iterator[Callable[[int, np.ndarray], None]]:
-    """What puts the losses of scores aside, and turns these into gradients."""
-
-    def on_rows(start: int, scores: np.ndarray) -> None:
-        stop = start + len(scores)
-        x = scores[:, :, None]
-        target = plan.rows(plan.target, start, stop)
-        s = None if plan.sample_weight is None else plan.rows(plan.sample_weight, start, stop)
-        plan.kernel(
-            x, target, plan.class_weight, s, *plan.options, plan.scale, losses[start:stop],
-            x if with_grad else None, 1,
-        )  # fmt: skip
-
-    if plan.threads == 1:
-        yield on_rows
+    if threads <= 1:
+        work()
         return
     from concurrent.futures import ThreadPoolExecutor  # slow to import
 
     # For this call alone: a pool does not survive a fork.
-    with ThreadPoolExecutor(plan.threads - 1) as pool:
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = []
+        with contextlib.suppress(RuntimeError, MemoryError):  # no thread to be had: fewer do it
+            for _ in range(threads - 1):
+                others.append(pool.submit(guarded))
+        guarded()
+        for other in others:
+            other.result()
 
-        def on_threads(start: int, scores: np.ndarray) -> None:
-            share = -(-len(scores) // plan.threads)
-            others = [
-                pool.submit(on_rows, start + first, scores[first : first + share])
-                for first in range(share, len(scores), share)
-            ]
-            on_rows(start, scores[:share])
-            for other in others:
-                other.result()
 
-        yield on_threads
+def _dense_chunks(plan: _Plan) -> Callable[[_Turns], Iterator[_Chunk]]:
+    """What makes the scores of chunk by chunk, each with its rows and inputs."""
+    weight, bias, inputs = plan.layer.weight, plan.layer.bias, plan.layer.inputs
+    num_classes, num_features = weight.shape
+    if bias is not None and plan.num_rows > _COPY_COST * num_features:
+        # The bias as one more weight, of an input of 1, saves a pass over the scores.
+        weight, bias = np.hstack([weight, bias[:, None]]), None
+    direct = plan.kept is None and weight is plan.layer.weight and inputs.flags.c_contiguous
+
+    def chunks(turns: _Turns) -> Iterator[_Chunk]:
+        scores = np.empty((plan.chunk, num_classes), weight.dtype)
+        room = np.zeros((plan.chunk, weight.shape[1]), weight.dtype)
+        room[:, num_features:] = 1
+        for rows in turns:
+            num_rows = rows.stop - rows.start
+            x = plan.rows(inputs, rows)
+            if not direct or num_rows % plan.block:
+                room[:num_rows, :num_features] = x
+                x = room
+            for first in range(0, num_rows, plan.block):
+                block = slice(first, first + plan.block)
+                np.matmul(x[block], weight.T, out=scores[block])
+                if bias is not None:
+                    scores[block] += bias
+            yield rows, x[:num_rows, :num_features], scores[:num_rows]
+
+    return chunks
+
+
+def _sparse_chunks(plan: _Plan) -> Callable[[_Turns], Iterator[_Chunk]]:
+    """The same for sparse inputs, a row of whose scores does not depend on others."""
+    transposed = np.ascontiguousarray(plan.layer.weight.T)
+
+    def chunks(turns: _Turns) -> Iterator[_Chunk]:
+        for rows in turns:
+            x = plan.rows(plan.layer.inputs, rows)
+            scores = x @ transposed
+            if plan.layer.bias is not None:
+                scores += plan.layer.bias
+            yield rows, x, scores
+
+    return chunks
+
+
+def _score(
+    plan: _Plan, rows: slice, scores: np.ndarray, losses: np.ndarray, with_grad: bool
+) -> None:
+    """The losses of scores, and their gradient in the place of these."""
+    x = scores[:, :, None]
+    s = None if plan.sample_weight is None else plan.rows(plan.sample_weight, rows)
+    plan.kernel(
+        x, plan.rows(plan.target, rows), plan.class_weight, s, *plan.options, plan.scale,
+        losses[rows], x if with_grad else None, 1,
+    )  # fmt: skip
 
 
 def _clear(plan: _Plan, gradients: LinearGradients) -> None:
@@ -481,22 +545,26 @@ def _clear(plan: _Plan, gradients: LinearGradients) -> None:
         gradients.inputs.fill(0)
 
 
-def _add_to_weight(gradients: LinearGradients, g: np.ndarray, x: Any) -> None:
+def _add_to_layer(
+    gradients: LinearGradients, g: np.ndarray, x: Any, turns: _Turns, rows: slice
+) -> None:
     """The share of a chunk in the gradients of weight and bias, g that of its scores."""
     total, bias = gradients.linear_weight, gradients.linear_bias
     for classes in _parts(*total.shape):
         # Of a part of the classes, which is still in cache when it is added.
         product = g[:, classes].T @ x
-        total[classes] += product[:, : total.shape[1]]
-        if bias is not None:
-            bias[classes] += product[:, -1]
+        with turns.turn(classes.start, rows):
+            total[classes] += product
+    if bias is not None:
+        sums = np.ones(len(g), g.dtype) @ g
+        with turns.turn(-1, rows):
+            bias += sums
 
 
 def _add_to_inputs(
-    plan: _Plan, gradient: np.ndarray, start: int, g: np.ndarray, accumulate: bool
+    plan: _Plan, gradient: np.ndarray, rows: slice, g: np.ndarray, accumulate: bool
 ) -> None:
     """The share of a chunk in the gradient of the inputs."""
-    rows = slice(start, start + len(g))
     if plan.kept is not None:
         gradient[plan.kept[rows]] += g @ plan.layer.weight
     elif accumulate:

@@ -343,7 +343,8 @@ def linear_cross_entropy(
 
     Notes
     -----
-    Products have the threads of NumPy's BLAS, which ``threadpoolctl.threadpool_limits`` sets.
+    During the call NumPy's BLAS is held to one thread, for the whole process; chunks of rows are
+    shared out among as many threads as PyTorch has.
 
     Examples
     --------
