@@ -34,6 +34,7 @@ SHAPES = [(16384, 512, 10000), (65536, 64, 1000)]  # rows, features, classes
 MEMORY_SHAPE = (65536, 64, 50000)
 QUICK_SHAPES, QUICK_MEMORY_SHAPE = [(256, 16, 100)], (512, 8, 2000)
 BLOCKS = (512, 1024)
+SECONDS = 0.5  # each time that it is a contender's turn
 MOST = 1.15  # times the products
 MOST_MIB = 64
 
@@ -89,7 +90,7 @@ def torch_call(data, with_grad, threads):
     return call
 
 
-def measure(shape, with_grad, threads, rounds):
+def measure(shape, with_grad, threads, effort):
     """Best times by name; "limit" is that of the products, and of the pass where it counts."""
     data = Data(shape)
     scores = np.zeros((shape[0], shape[2]), np.float32)
@@ -108,7 +109,7 @@ def measure(shape, with_grad, threads, rounds):
     if torch := torch_call(data, with_grad, threads):
         calls["torch"] = torch
     contenders = {name: _bench.Local(call, 0) for name, call in calls.items()}
-    times, errors = _bench.interleave(contenders, _bench.Effort(rounds, 1e-9))
+    times, errors = _bench.interleave(contenders, effort)
     if errors:
         raise RuntimeError(f"{shape}: {errors}")
     best = {name: min(found) for name, found in times.items()}
@@ -212,9 +213,10 @@ def main(arguments=None):
     threads = fl.get_num_threads()
     peers = ["torch"] if importlib.util.find_spec("torch") else []
     results = _bench.environment(threads, peers) | {"blas": blas(threads), "times": []}
+    effort = _bench.Effort(options.rounds, 0.0 if options.quick else SECONDS)
     for shape in QUICK_SHAPES if options.quick else SHAPES:
         for with_grad in (True, False):
-            best = measure(shape, with_grad, threads, options.rounds)
+            best = measure(shape, with_grad, threads, effort)
             name = "x".join(map(str, shape))
             results["times"].append({"shape": name, "with_grad": with_grad, "best": best})
     shape = QUICK_MEMORY_SHAPE if options.quick else MEMORY_SHAPE

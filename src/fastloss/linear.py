@@ -30,9 +30,9 @@ _BLOCK_BYTES = 4 << 20  # of scores: what caches hold,
 _BLOCK_PRODUCTS = 1 << 23  # of numbers: what is worth a thread,
 _LEAST_ROWS = 1024  # but no fewer rows, with which products are slow,
 _LEAST_BLOCKS = 4  # unless there would be too few blocks to share out
-_MOST_BYTES = 20 << 20  # or they would take more than this
+_MOST_BYTES = 22 << 20  # or they would take more than this
 _PRODUCT_ELEMENTS = 1 << 18  # of a gradient of W, to be added while they are in cache
-_COPY_COST = 4  # of a weight, in passes over a score
+_COPY_COST = 8  # of a weight, in passes over a score
 
 
 class LinearGradients(NamedTuple):
@@ -98,7 +98,7 @@ def linear_cross_entropy(
         As in `cross_entropy`.  The divisor of the mean is that of the data's part alone.
     chunk_rows : int, optional
         How many rows to take at a time, rounded up to a whole number of blocks; by default one.
-        A block is up to 4 MiB of scores, or 1024 rows where these are under 20 MiB.
+        A block is up to 4 MiB of scores, or 1024 rows where these are under 22 MiB.
     backend : {"auto", "cython", "numba", "numpy"}, optional
         See `set_backend`.  The products are those of NumPy, whatever it is.
     num_threads : int, optional
@@ -131,7 +131,7 @@ def linear_cross_entropy(
     shape of a product.
 
     Scores are rounded to the dtype of `inputs`, and so is the loss of each row.  Extra memory is
-    about 22 MiB for each thread, whatever N, or a chunk of scores where that is larger.  Copies
+    about 24 MiB for each thread, whatever N, or a chunk of scores where that is larger.  Copies
     are made of a `linear_weight` where there is a bias and far more rows than features, where
     `inputs` are sparse or where it is contiguous in neither order, of `inputs` whose leading axes
     do not merge into one, and of probabilities in another dtype.
