@@ -20,6 +20,7 @@ P = fl.softmax(X, backend="numpy")
 Y = _rng.integers(0, 20, len(X))
 CLASSES = _rng.integers(0, 21, (2, 30, 40))
 SOFT = _rng.dirichlet(np.ones(20), len(X)).astype(np.float32)
+W = _rng.normal(size=(300, 20)).astype(np.float32)
 
 CALLS = {
     "softmax": lambda how: fl.softmax(X, **how),
@@ -34,8 +35,18 @@ CALLS = {
         IMAGES, CLASSES, axis=1, **how
     ),
     "cross_entropy of probabilities": lambda how: fl.cross_entropy_with_grad(X, SOFT, **how),
+    "linear_cross_entropy": lambda how: _flat(
+        fl.linear_cross_entropy_with_grad(
+            X, W, Y, linear_bias=W[:, 0], inputs_grad=True, l2=0.1, **how
+        )
+    ),
 }
 COMPILED = ["cython", "numba"]
+
+
+def _flat(result):
+    loss, gradients = result
+    return loss, *gradients
 
 
 def bits(name, backend, num_threads):
