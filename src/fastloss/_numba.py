@@ -964,9 +964,11 @@ def _narrow_factor(e, factor):
 
 
 @_inline
-def _shrink_for(factor, numbers):
-    """A power of two for exponentials, so that factor over it is a normal number; mostly 1."""
-    return _power_of(numbers) if abs(factor) < _tiny_of(numbers) else numbers.dtype.type(1)
+def _shrink_for(total, unit, numbers):
+    """A power of two for exponentials, so that total * unit over it is normal; mostly 1."""
+    # That product may be subnormal, and is slow then; so is a quotient of a subnormal number.
+    small = abs(total) < _tiny_of(numbers) / unit
+    return np.float64(_power_of(numbers) if small else 1)
 
 
 @_inline
@@ -2079,8 +2081,8 @@ def _backward_rows(g, p, out, r, scratch, first, n, num_classes, step, storage, 
                 forward = _load(p, start + c, width, line, storage)
                 total += _far_sum(upstream, forward, 1, width, log_probs)
         pivot, magic, lowest, unit = _reference(real(r[MAXIMUM + i] if log_probs else 0.0))
-        shrink = _shrink_for(total * unit, scratch) if log_probs else real(1)
-        f = real(total / shrink * unit) if log_probs else real(total)
+        shrink = _shrink_for(total, unit, scratch) if log_probs else 1.0
+        f = real(total * (1 / shrink) * unit if log_probs else total)
         for c in range(0, num_classes, BLOCK):
             width = min(BLOCK, num_classes - c)
             upstream = _load(g, start + c, width, buffer, storage)
@@ -2092,7 +2094,7 @@ def _backward_rows(g, p, out, r, scratch, first, n, num_classes, step, storage, 
                     log_probs,
                 )  # fmt: skip
             elif log_probs:
-                _log_softmax_vjp(upstream, forward, pivot, magic, lowest, shrink, f, result)
+                _log_softmax_vjp(upstream, forward, pivot, magic, lowest, real(shrink), f, result)
             else:
                 _softmax_vjp(upstream, forward, f, result)
     _store_rows(out, first, kept, n, num_classes, step, storage, stream)
@@ -2131,8 +2133,9 @@ def _backward_tile(tile, upstreams, r, num_classes, step, log_probs):
             for c in range(0 if log_probs else num_classes):
                 forward[c * step] = 1
             total = 0.0
-        shrink[j] = _shrink_for(total * unit, tile) if log_probs else real(1)
-        f[j] = total / shrink[j] * unit if log_probs else total
+        factor = _shrink_for(total, unit, tile) if log_probs else 1.0
+        shrink[j] = factor
+        f[j] = total * (1 / factor) * unit if log_probs else total
     for c in range(num_classes):
         forward = tile[c * step : c * step + LANES]
         upstream = upstreams[c * step : c * step + LANES]
