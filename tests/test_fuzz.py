@@ -57,7 +57,7 @@ def test_a_complaint_about_what_is_wrong(monkeypatch):
     softmax = fl.softmax
     x = np.zeros((4, 3), np.float32)
     call = hostile.Call(
-        "softmax", {"logits": x}, frozenset(), [x.view(np.uint8).reshape(-1)], None, False
+        "softmax", {"logits": x}, frozenset(), [x.view(np.uint8).reshape(-1)], [], False
     )
 
     def complaint(function, call=call):

@@ -450,6 +450,8 @@ ERRORS = [
     ({"backend": "nump"}, ValueError, "backend = 'nump' is not a backend"),
 ]
 GRADIENT_ERRORS = [
+    ({"accumulate": "no"}, TypeError, "accumulate = 'no' is not True or False"),
+    ({"inputs_grad": [True]}, TypeError, r"inputs_grad = \[True\] is not True or False"),
     ({"accumulate": True, "out": None}, ValueError, "accumulate = True, but there is no out"),
     ({"out": W}, TypeError, "out is a ndarray, expected LinearGradients"),
     ({"out": OUT._replace(inputs=X)}, ValueError, "out.inputs is given, but inputs_grad = False"),
