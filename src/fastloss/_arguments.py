@@ -509,7 +509,9 @@ def linear_outputs(
     if not isinstance(given, tuple) or len(given) != 3:
         raise TypeError(f"out is a {type(out).__name__}, expected LinearGradients")
 
-    read = (*inputs, layer.weight, layer.bias, None if layer.sparse else layer.inputs)
+    x = layer.inputs
+    entries = (x.data, x.indices, x.indptr) if layer.sparse else (x,)
+    read = (*inputs, layer.weight, layer.bias, *entries)
     shape = layer.weight.shape
     parts = (
         ("out.linear_weight", shape, shape, None),
