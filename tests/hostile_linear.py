@@ -129,7 +129,7 @@ def _sparse(rnd, values, memories):
     some = sparse.csr_array(np.where(rng.random(values.shape) < 0.4, values, 0))
     parts = []
     for array in (some.data, some.indices, some.indptr):
-        place = np.zeros(array.nbytes + rnd.choice([0, 64, 4096]), np.uint8)
+        place = np.zeros(array.nbytes + rnd.choice([0, 64, 512]), np.uint8)
         memories.append(place)
         parts.append(np.ndarray(array.shape, array.dtype, place))
         parts[-1][...] = array

@@ -367,7 +367,9 @@ def _kept(
         counts &= used
         smoothing, z_loss = options  # by which a row counts whatever its target's weight
         if class_weight is not None and smoothing * class_weight.sum() == z_loss == 0:
-            counts &= class_weight[np.where(used, target[:, 0], 0).astype(np.intp)] != 0
+            classes = np.where(used, target[:, 0], 0).astype(np.intp)
+            # Another thread may have changed the target since it was checked.
+            counts &= class_weight.take(classes, mode="clip") != 0
     return None if counts.all() else np.flatnonzero(counts)
 
 
