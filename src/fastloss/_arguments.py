@@ -549,7 +549,7 @@ def _refuse_shared_memory(arrays: dict[str, np.ndarray | None]) -> None:
 def _share_memory(first: np.ndarray, second: np.ndarray) -> bool:
     """They may well be columns of one array."""
     try:
-        return np.shares_memory(first, second, max_work=10_000)
+        return np.shares_memory(first, second, max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:  # but not of strides for which this is hard to tell
         return True
 
