@@ -1,8 +1,10 @@
 """Make a great many hostile calls; see `hostile` for what they are and how they are judged.
 
     python tests/fuzz.py --calls 1000000 --seed 0 --backend cython
+    python tests/fuzz.py --linear
 
-A call depends on the seed and its number alone. `--only 123` makes call 123 again.
+The second makes calls of the linear head, see `hostile_linear`. A call depends on the seed and its
+number alone. `--only 123` makes call 123 again.
 """
 
 import argparse
@@ -12,18 +14,19 @@ import traceback
 import warnings
 
 import hostile
+import hostile_linear
 from tqdm import tqdm
 
 import fastloss as fl
 
 
-def trial(seed, number, backend):
+def trial(seed, number, backend, kind=hostile):
     """Make one call; a call in words and a complaint, or None."""
     rnd = random.Random(f"{seed} {number}")
-    call = hostile.draw(rnd)
+    call = kind.draw(rnd)
     while call:
         try:
-            complaint = hostile.complaint(call, backend)
+            complaint = kind.complaint(call, backend)
         except Exception:
             complaint = traceback.format_exc()
         if complaint:
@@ -38,19 +41,22 @@ def main():
     parser.add_argument("--first", type=int, default=0, help="the number of the first call")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="cython", choices=fl.available_backends())
+    parser.add_argument("--linear", action="store_true", help="call the linear head")
     parser.add_argument("--only", type=int, help="make this one call")
     parser.add_argument("--failures", type=int, default=1, help="stop after so many")
     options = parser.parse_args()
     numbers = range(options.first, options.first + options.calls)
     if options.only is not None:
         numbers = [options.only]
+    kind = hostile_linear if options.linear else hostile
     warnings.simplefilter("error")
     failures = 0
     for number in tqdm(numbers, unit=" calls", mininterval=1):
-        report = trial(options.seed, number, options.backend)
+        report = trial(options.seed, number, options.backend, kind)
         if report:
             failures += 1
             again = f"--seed {options.seed} --backend {options.backend} --only {number}"
+            again += " --linear" * options.linear
             tqdm.write(f"call {number} ({again}):\n{report}\n")
             if failures >= options.failures:
                 break

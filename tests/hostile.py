@@ -36,6 +36,7 @@ BACKWARD = ("softmax_backward", "log_softmax_backward")
 LOSSES = ("cross_entropy", "cross_entropy_with_grad", "nll_loss", "nll_loss_with_grad")
 FUNCTIONS = (*MAPS, *BACKWARD, *LOSSES, "cross_entropy_with_grad", "cross_entropy_with_grad")
 WITH_OUT = (*MAPS, *BACKWARD, "cross_entropy_with_grad", "nll_loss_with_grad")
+ARRAYS = ("logits", "probs", "log_probs", "grad_output", "target", "weight", "sample_weight")
 SCORES = {"softmax_backward": "probs", "log_softmax_backward": "log_probs"}
 
 
@@ -44,7 +45,7 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
     wrong: frozenset[str]  # the arguments that are wrong: the error must name one of them
     memories: list[np.ndarray]  # the bytes that arrays lie in, gaps and surroundings included
-    out_bytes: tuple[int, np.ndarray] | None  # the memory that `out` lies in, and where
+    out_bytes: list[tuple[int, np.ndarray]]  # the memories that `out` lies in, and where
     raising: bool  # whether NumPy is told to raise floating-point errors
 
 
@@ -96,7 +97,7 @@ def _place(rnd, shape, itemsize, room=None):
     return Place(tuple(shape), offset, tuple(strides)), size
 
 
-def _arrange(rnd, values, memories, *, writeable=False):
+def arrange(rnd, values, memories, *, writeable=False):
     """The values in an array of any layout, in the midst of bytes that are none of its own."""
     dtype = values.dtype
     if not writeable and dtype != BFLOAT16 and rnd.random() < 0.1:
@@ -154,7 +155,7 @@ class Awkward:
         return "no array"
 
 
-def _wrap(rnd, array):
+def wrap(rnd, array):
     """The same values as something else than a plain ndarray, now and then."""
     if rnd.random() < 0.75:
         return array
@@ -196,7 +197,7 @@ def _shape(rnd):
             return tuple(shape)
 
 
-def _scores(rnd, shape, dtype, tame):
+def draw_scores(rnd, shape, dtype, tame):
     rng = np.random.default_rng(rnd.getrandbits(32))
     kind = "tame" if tame else rnd.choice(["tame", "tame", "wide", "extreme"])
     x = rng.standard_normal(shape) * (100 if kind == "wide" else 3)
@@ -280,10 +281,10 @@ def draw(rnd):
     axis = rnd.randrange(-len(shape), len(shape))
     dtype = rnd.choice(FLOATS)
     scores_name = SCORES.get(name, "log_probs" if name.startswith("nll") else "logits")
-    values = _scores(rnd, shape, dtype, tame=name in BACKWARD)
+    values = draw_scores(rnd, shape, dtype, tame=name in BACKWARD)
     if name in BACKWARD:
         values = -np.abs(values)  # of log-probabilities the exponentials are at most 1
-    scores = _wrap(rnd, _arrange(rnd, values, memories))
+    scores = wrap(rnd, arrange(rnd, values, memories))
     dtype = read(scores).dtype  # lists have their own
     if dtype.kind in "iu":
         dtype = np.dtype(float)
@@ -296,23 +297,24 @@ def draw(rnd):
         wrong.add(scores_name)
     rows = shape[:axis] + shape[axis:][1:] if axis != -1 else shape[:-1]
     if name in BACKWARD:
-        g = _scores(rnd, shape, dtype, tame=True)
-        arguments["grad_output"] = _arrange(rnd, g, memories)
+        g = draw_scores(rnd, shape, dtype, tame=True)
+        arguments["grad_output"] = arrange(rnd, g, memories)
     if name in LOSSES:
-        _draw_loss(rnd, name, arguments, wrong, shape, rows, shape[axis], memories)
+        draw_loss(rnd, name, arguments, wrong, shape, rows, shape[axis], memories)
     arguments["axis"] = axis
     if rnd.random() < 0.3:
         arguments["num_threads"] = rnd.choice(NUMBERS["num_threads"][0])
     if rnd.random() < 0.25:
         _spoil(rnd, arguments, wrong, shape)
-    out_bytes = None
+    out_bytes = []
     if name in WITH_OUT and rnd.random() < 0.7:
         out_shape = rows if name == "logsumexp" else shape
-        out_bytes = _draw_out(rnd, arguments, wrong, out_shape, dtype, memories)
+        covered = draw_out(rnd, arguments, wrong, out_shape, dtype, memories)
+        out_bytes = [covered] if covered else []
     return Call(name, arguments, frozenset(wrong), memories, out_bytes, rnd.random() < 0.1)
 
 
-def _draw_loss(rnd, name, arguments, wrong, shape, rows, num_classes, memories):
+def draw_loss(rnd, name, arguments, wrong, shape, rows, num_classes, memories):
     ignored = -100
     if rnd.random() < 0.3:
         ignored = arguments["ignore_index"] = rnd.choice(NUMBERS["ignore_index"][0])
@@ -322,13 +324,13 @@ def _draw_loss(rnd, name, arguments, wrong, shape, rows, num_classes, memories):
             wrong.add("ignore_index")
     else:
         target = _indices(rnd, rows, num_classes, int(ignored))
-    wrapped = _wrap(rnd, _arrange(rnd, target, memories))
+    wrapped = wrap(rnd, arrange(rnd, target, memories))
     # A list of nothing does not say what it is a list of.
     arguments["target"] = wrapped if target.size else target
     for weights, weights_shape in (("weight", (num_classes,)), ("sample_weight", rows)):
         if rnd.random() < 0.3:
             values = _weights(rnd, weights_shape)
-            wrapped = _wrap(rnd, _arrange(rnd, values, memories))
+            wrapped = wrap(rnd, arrange(rnd, values, memories))
             arguments[weights] = values if np.shape(read(wrapped)) != values.shape else wrapped
     for option in ("label_smoothing", "z_loss", "reduction", "normalizer"):
         if rnd.random() < 0.3 and (
@@ -364,14 +366,14 @@ def _spoil(rnd, arguments, wrong, shape):
     elif how == "shape":
         arguments[name] = rnd.choice([array[None], np.zeros((*array.shape, 2), array.dtype)])
     elif how == "value" and "target" in arguments:
-        _spoil_value(rnd, arguments, wrong, shape)
+        spoil_value(rnd, arguments, wrong, shape)
         return
     else:
         arguments[name] = np.ma.masked_array(array, rnd.choice([False, True]))
     wrong.add(name)
 
 
-def _spoil_value(rnd, arguments, wrong, shape):
+def spoil_value(rnd, arguments, wrong, shape):
     """A target out of range, or a weight that is none."""
     name = rnd.choice([name for name in ("target", "weight", "sample_weight") if name in arguments])
     array = read(arguments[name])
@@ -391,14 +393,14 @@ def _spoil_value(rnd, arguments, wrong, shape):
     wrong.add(name)
 
 
-def _draw_out(rnd, arguments, wrong, shape, dtype, memories):
+def draw_out(rnd, arguments, wrong, shape, dtype, memories):
     """`out` of its own, or an input, or anywhere in the memory of one; returns what it covers."""
     kind = rnd.choice(["own", "own", "input", "near", "near", "near", "wrong"])
     if kind == "wrong":
         _draw_wrong_out(rnd, arguments, wrong, shape, dtype, memories)
         return None
     if kind == "input":
-        for name in ("logits", "probs", "log_probs", "grad_output", "target"):
+        for name in (*ARRAYS, "inputs", "linear_weight", "linear_bias"):
             array = arguments.get(name)
             fits = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
             if fits and array.shape == shape and array.dtype == dtype and array.flags.writeable:
@@ -410,7 +412,7 @@ def _draw_out(rnd, arguments, wrong, shape, dtype, memories):
         if found:
             arguments["out"] = found[0].array(memory, dtype)
             return _cover(arguments["out"], memories)
-    out = _arrange(rnd, np.zeros(shape, dtype), memories, writeable=True)
+    out = arrange(rnd, np.zeros(shape, dtype), memories, writeable=True)
     if rnd.random() < 0.2:
         out = out.view(rnd.choice([Sub, np.matrix] if out.ndim == 2 else [Sub]))
     arguments["out"] = out
@@ -490,30 +492,11 @@ def complaint(call, backend):
         for name, value in call.arguments.items()
         if name != "out" and not (name in call.wrong and name in ARRAYS)
     }
-    before = [memory.copy() for memory in call.memories]
-    function = getattr(fl, call.name)
-    raising = call.raising and backend != "numpy"  # whose temporaries may underflow
-    try:
-        with np.errstate(all="raise") if raising else contextlib.nullcontext():
-            results = function(**call.arguments, backend=backend)
-    except (ValueError, TypeError, IndexError) as error:
-        if any((a != b).any() for a, b in zip(before, call.memories, strict=True)):
-            return f"changed memory and raised {error!r}"
-        if not call.wrong:
-            return f"raised {error!r}"
-        if not any(re.search(rf"\b{name}\b", str(error)) for name in call.wrong):
-            return f"raised {error!r}, which does not name {' or '.join(call.wrong)}"
-        return None
-    if call.wrong:
-        return f"accepted a wrong {' and '.join(call.wrong)}"
-    for number, (a, b) in enumerate(zip(before, call.memories, strict=True)):
-        changed = a != b
-        if call.out_bytes and call.out_bytes[0] == number:
-            changed &= ~call.out_bytes[1]
-        if changed.any():
-            return f"changed {changed.sum()} bytes that are not out's"
+    results, report = outcome(call, backend)
+    if report or call.wrong:
+        return report
     with np.errstate(all="ignore"):
-        expected = function(**plain, backend="numpy")
+        expected = getattr(fl, call.name)(**plain, backend="numpy")
     if not isinstance(results, tuple):
         results, expected = (results,), (expected,)
     out = call.arguments.get("out")
@@ -522,7 +505,34 @@ def complaint(call, backend):
     return next(filter(None, map(_difference, results, expected, itertools.repeat(plain))), None)
 
 
-ARRAYS = ("logits", "probs", "log_probs", "grad_output", "target", "weight", "sample_weight")
+def outcome(call, backend):
+    """Make the call: what it gives, and what is wrong with its errors and with memory, or None."""
+    before = [memory.copy() for memory in call.memories]
+    function = getattr(fl, call.name)
+    raising = call.raising and backend != "numpy"  # whose temporaries may underflow
+    try:
+        with np.errstate(all="raise") if raising else contextlib.nullcontext():
+            results = function(**call.arguments, backend=backend)
+    except (ValueError, TypeError, IndexError) as error:
+        if any((a != b).any() for a, b in zip(before, call.memories, strict=True)):
+            return None, f"changed memory and raised {error!r}"
+        if not call.wrong:
+            return None, f"raised {error!r}"
+        if not any(re.search(rf"\b{name}\b", str(error)) for name in call.wrong):
+            return None, f"raised {error!r}, which does not name {' or '.join(call.wrong)}"
+        return None, None
+    if call.wrong:
+        return None, f"accepted a wrong {' and '.join(call.wrong)}"
+    for number, (a, b) in enumerate(zip(before, call.memories, strict=True)):
+        changed = a != b
+        for memory, covered in call.out_bytes:
+            if memory == number:
+                changed &= ~covered
+        if changed.any():
+            return None, f"changed {changed.sum()} bytes that are not out's"
+    return results, None
+
+
 UNITS = {"float64": 1e-11, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
@@ -579,6 +589,8 @@ def describe(call):
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, tuple) and any(isinstance(part, np.ndarray) for part in value):
+        return "\n        ".join(map(_show, value))
     array = value.array if isinstance(value, (Box, Interface)) else value
     if not isinstance(array, np.ndarray):
         return repr(value)[:200]

@@ -6,6 +6,7 @@ What is hostile, and what the verdict is, stands in `hostile`; `fuzz.py` makes a
 import random
 
 import hostile
+import hostile_linear
 import numpy as np
 import pytest
 from conftest import COMPILED
@@ -14,42 +15,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastloss as fl
-from fastloss import _backend
+from fastloss import _backend, linear
+
+KINDS = pytest.mark.parametrize("kind", [hostile, hostile_linear], ids=lambda kind: kind.__name__)
 
 
+@KINDS
 @given(rnd=st.randoms(use_true_random=False))
-def test_hostile_call(backend, rnd):
-    call = hostile.draw(rnd)
-    complaint = hostile.complaint(call, backend)
+def test_hostile_call(backend, kind, rnd):
+    call = kind.draw(rnd)
+    complaint = kind.complaint(call, backend)
     assert not complaint, f"{hostile.describe(call)}\n{complaint}"
 
 
-def test_thousands_of_hostile_calls(backend):
+@KINDS
+def test_thousands_of_hostile_calls(backend, kind):
     """More than hypothesis has the time for: the first calls of `fuzz.py`."""
     for number in range(4000):
-        report = trial(0, number, backend)
+        report = trial(0, number, backend, kind)
         assert not report, f"call {number}: {report}"
 
 
-def test_calls_are_of_every_kind():
+def overlaps(call):
+    """Whether an array to write lies in the memory of one to read, or around it."""
+    out = call.arguments.get("out")
+    read = [a for name, a in call.arguments.items() if name != "out" and isinstance(a, np.ndarray)]
+    return any(
+        np.may_share_memory(array, other)
+        for array in (out if isinstance(out, tuple) else [out])
+        for other in read
+        if array is not None
+    )
+
+
+@KINDS
+def test_calls_are_of_every_kind(kind):
     """A generator that only makes errors, or none, would test nothing."""
-    calls = [hostile.draw(random.Random(f"0 {number}")) for number in range(1000)]
-    assert {call.name for call in calls} == set(hostile.FUNCTIONS)
+    calls = [kind.draw(random.Random(f"0 {number}")) for number in range(1000)]
+    assert {call.name for call in calls} == set(kind.FUNCTIONS)
     wrong = [call for call in calls if call.wrong]
     assert 200 < len(wrong) < 500
     arguments = set().union(*(call.arguments for call in calls))
-    assert set().union(*(call.wrong for call in wrong)) == arguments
-    overlapping = [
-        call
-        for call in calls
-        if not call.wrong
-        and any(
-            isinstance(value, np.ndarray) and np.may_share_memory(value, call.arguments["out"])
-            for name, value in call.arguments.items()
-            if name != "out" and "out" in call.arguments
-        )
-    ]
-    assert len(overlapping) > 100
+    assert {name.partition(".")[0] for call in wrong for name in call.wrong} == arguments
+    assert sum(overlaps(call) for call in calls if not call.wrong) > 50
 
 
 def test_a_complaint_about_what_is_wrong(monkeypatch):
@@ -57,7 +65,7 @@ def test_a_complaint_about_what_is_wrong(monkeypatch):
     softmax = fl.softmax
     x = np.zeros((4, 3), np.float32)
     call = hostile.Call(
-        "softmax", {"logits": x}, frozenset(), [x.view(np.uint8).reshape(-1)], None, False
+        "softmax", {"logits": x}, frozenset(), [x.view(np.uint8).reshape(-1)], [], False
     )
 
     def complaint(function, call=call):
@@ -87,6 +95,32 @@ def test_a_complaint_about_what_is_wrong(monkeypatch):
     assert "accepted a wrong axis" in complaint(lambda logits, axis: softmax(logits), wrong)
 
 
+@pytest.mark.parametrize(
+    ("name", "broken", "report"),
+    [
+        ("_l2_penalty", lambda *_: 0.0, "for loss"),
+        ("_add_penalty", lambda *_: None, "for linear_weight"),
+        ("_clear", lambda *_: None, "for linear_weight"),
+        ("_kept", lambda *_: None, "returned nan"),
+        ("_add_to_inputs", lambda *_: None, "for inputs"),
+    ],
+)
+def test_a_complaint_about_the_linear_head(name, broken, report, monkeypatch):
+    """Each step that is left out is found out."""
+    x, w = np.ones((4, 2), np.float32), np.float32([[1, 2], [2, 3], [0, 1]])
+    x[3] = np.nan
+    arguments = {
+        "inputs": x, "linear_weight": w, "target": np.array([0, 1, 2, -100]), "l2": 0.5,
+        "inputs_grad": True, "out": fl.LinearGradients(np.ones_like(w), None, np.ones_like(x)),
+    }  # fmt: skip
+    function = "linear_cross_entropy_with_grad"
+    call = hostile.Call(function, arguments, frozenset(), [], [], False)
+    assert hostile_linear.complaint(call, "cython") is None
+    arguments["out"].linear_weight.fill(7)
+    monkeypatch.setattr(linear, name, broken)
+    assert report in hostile_linear.complaint(call, "cython")
+
+
 @pytest.mark.parametrize("backend", COMPILED, indirect=True)
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.int8])
 @pytest.mark.parametrize("shape", [(70, 2), (70, 1000), (3, 10, 70)], ids=str)
@@ -103,6 +137,14 @@ def test_targets_changed_between_check_and_use(shape, dtype, backend, monkeypatc
         return answer
 
     monkeypatch.setattr(kernels, "check_target", check_and_change)
+    target = np.ones(shape[0], dtype)
+    losses, gradients = fl.linear_cross_entropy_with_grad(
+        np.ones((shape[0], 3)), np.eye(shape[1], 3), target, weight=np.ones(shape[1]),
+        reduction="none", inputs_grad=True, backend=backend,
+    )  # fmt: skip
+    assert not losses[target != 1].any()
+    assert losses[target == 1].all()
+    assert not gradients.inputs[target != 1].any()
     rows = (shape[0], *shape[2:])
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     for function in (fl.cross_entropy_with_grad, fl.nll_loss_with_grad):

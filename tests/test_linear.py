@@ -358,6 +358,49 @@ def test_arrays_with_gaps_and_arguments_are_added_to_and_written(backend):
         np.testing.assert_array_equal(array, gradient)
 
 
+def test_gradients_may_go_over_sparse_inputs(backend):
+    sparse = need("scipy.sparse")
+    problem = Problem((50, 6, 4), np.float64, ("linear_bias", "l2"))
+    _, right = problem.loss_and_gradients(backend=backend)
+    for part in ("data", "indices", "indptr"):
+        memory = np.zeros(1600, np.uint8)
+        inputs = sparse.csr_array(problem.inputs)
+        array = getattr(inputs, part)
+        moved = memory[: array.nbytes].view(array.dtype)
+        moved[...] = array
+        setattr(inputs, part, moved)
+        out = fl.LinearGradients(memory[:192].view(np.float64).reshape(6, 4))
+        _, gradients = fl.linear_cross_entropy_with_grad(
+            inputs, *problem.arguments[1:], **problem.options, out=out, backend=backend
+        )
+        assert gradients.linear_weight is out.linear_weight
+        for result, array in zip(gradients[:2], right[:2], strict=True):
+            close(result, array, 1e-13)
+
+
+def test_gradients_may_lie_between_one_another(backend):
+    """The bias may be one more column of the weight."""
+    problem = Problem((50, 6, 4), np.float32, ("linear_bias",))
+    _, right = problem.loss_and_gradients(backend=backend)
+    both = np.zeros((6, 5), np.float32)
+    problem.loss_and_gradients(out=fl.LinearGradients(both[:, :4], both[:, 4]), backend=backend)
+    np.testing.assert_array_equal(both, np.column_stack(right[:2]))
+    with pytest.raises(ValueError, match=r"out.linear_weight and out.linear_bias share memory"):
+        problem.loss_and_gradients(out=fl.LinearGradients(both[:, :4], both[:, 3]), backend=backend)
+
+
+def test_penalties_beyond_float32(backend):
+    problem = Problem((5, 3, 2), np.float32)
+    problem.linear_weight[0] = 0
+    _, gradients = problem.loss_and_gradients(l2=1e39, backend=backend)
+    assert np.isfinite(gradients.linear_weight[0]).all()
+    assert np.isinf(gradients.linear_weight[1:]).all()
+    problem.linear_weight[...] = 3e35
+    problem.inputs[...] = 0
+    _, gradients = problem.loss_and_gradients(l2=1e-42, backend=backend)
+    np.testing.assert_allclose(gradients.linear_weight, 6e-7, rtol=1e-6)
+
+
 def test_no_row_counts(backend):
     x, w, y = np.full((4, 2), np.nan), np.ones((3, 2)), np.full(4, -100)
     loss, gradients = fl.linear_cross_entropy_with_grad(
@@ -450,6 +493,8 @@ ERRORS = [
     ({"backend": "nump"}, ValueError, "backend = 'nump' is not a backend"),
 ]
 GRADIENT_ERRORS = [
+    ({"accumulate": "no"}, TypeError, "accumulate = 'no' is not True or False"),
+    ({"inputs_grad": [True]}, TypeError, r"inputs_grad = \[True\] is not True or False"),
     ({"accumulate": True, "out": None}, ValueError, "accumulate = True, but there is no out"),
     ({"out": W}, TypeError, "out is a ndarray, expected LinearGradients"),
     ({"out": OUT._replace(inputs=X)}, ValueError, "out.inputs is given, but inputs_grad = False"),
@@ -472,7 +517,7 @@ GRADIENT_ERRORS = [
 @pytest.mark.parametrize(("wrong", "error", "message"), ERRORS + GRADIENT_ERRORS)
 def test_errors(wrong, error, message, backend):
     arguments = {"inputs": X, "linear_weight": W, "target": Y, "backend": backend} | wrong
-    if not {"out", "accumulate"} & set(wrong):
+    if not {"out", "accumulate", "inputs_grad"} & set(wrong):
         with pytest.raises(error, match=message):
             fl.linear_cross_entropy(**arguments)
     out = wrong.get("out", OUT)

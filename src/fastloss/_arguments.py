@@ -297,6 +297,12 @@ def chunk_rows(value: Any) -> int | None:
     return count
 
 
+def flag(value: Any, name: str) -> bool:
+    if not isinstance(value, (bool, np.bool_)):  # "no" and arrays may be true, too, or neither
+        raise TypeError(f"{name} = {value!r} is not True or False")
+    return bool(value)
+
+
 def _not_negative(value: Any, name: str) -> float:
     number = _real(value, name)
     if not 0.0 <= number < math.inf:
@@ -503,7 +509,9 @@ def linear_outputs(
     if not isinstance(given, tuple) or len(given) != 3:
         raise TypeError(f"out is a {type(out).__name__}, expected LinearGradients")
 
-    read = (*inputs, layer.weight, layer.bias, None if layer.sparse else layer.inputs)
+    x = layer.inputs
+    entries = (x.data, x.indices, x.indptr) if layer.sparse else (x,)
+    read = (*inputs, layer.weight, layer.bias, *entries)
     shape = layer.weight.shape
     parts = (
         ("out.linear_weight", shape, shape, None),
@@ -534,8 +542,16 @@ def linear_outputs(
 
 def _refuse_shared_memory(arrays: dict[str, np.ndarray | None]) -> None:
     for (a, first), (b, second) in itertools.combinations(arrays.items(), 2):
-        if first is not None and second is not None and np.may_share_memory(first, second):
+        if first is not None and second is not None and _share_memory(first, second):
             raise ValueError(f"{a} and {b} share memory")
+
+
+def _share_memory(first: np.ndarray, second: np.ndarray) -> bool:
+    """They may well be columns of one array."""
+    try:
+        return np.shares_memory(first, second, max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:  # but not of strides for which this is hard to tell
+        return True
 
 
 def _take_over(array: np.ndarray | None, output: Output) -> None:

@@ -226,6 +226,8 @@ label_smoothing, z_loss, reduction, normalizer, chunk_rows, backend, num_threads
         inputs, linear_weight, linear_bias, target, l2, weight, sample_weight, ignore_index,
         (label_smoothing, z_loss), reduction, normalizer, chunk_rows, backend, num_threads,
     )  # fmt: skip
+    inputs_grad = _arguments.flag(inputs_grad, "inputs_grad")
+    accumulate = _arguments.flag(accumulate, "accumulate")
     read = (plan.target, plan.class_weight, plan.sample_weight)
     outputs = _arguments.linear_outputs(out, plan.layer, inputs_grad, accumulate, read)
     loss = _run(plan, LinearGradients(*(o and o.normal for o in outputs)), accumulate)
@@ -365,7 +367,9 @@ def _kept(
         counts &= used
         smoothing, z_loss = options  # by which a row counts whatever its target's weight
         if class_weight is not None and smoothing * class_weight.sum() == z_loss == 0:
-            counts &= class_weight[np.where(used, target[:, 0], 0).astype(np.intp)] != 0
+            classes = np.where(used, target[:, 0], 0).astype(np.intp)
+            # Another thread may have changed the target since it was checked.
+            counts &= class_weight.take(classes, mode="clip") != 0
     return None if counts.all() else np.flatnonzero(counts)
 
 
@@ -575,7 +579,8 @@ def _add_to_inputs(
 
 def _add_penalty(total: np.ndarray, linear_weight: np.ndarray, l2: float) -> None:
     for classes in _parts(*total.shape):
-        total[classes] += 2 * l2 * linear_weight[classes]
+        # In float64, for 2 l2 may be more, or less, than a float32 holds.
+        total[classes] += 2 * l2 * linear_weight[classes].astype(np.float64)
 
 
 def _parts(num_classes: int, num_features: int) -> Iterator[slice]:
