@@ -540,6 +540,41 @@ def test_sparse_errors():
         fl.linear_cross_entropy(sparse.coo_array(X[0]), W, Y)
 
 
+@pytest.mark.parametrize("form", ["csr", "csc", "bsr", "coo", "lil", "dok"])
+@pytest.mark.parametrize("index", [-1, 4, 10**6])
+def test_sparse_inputs_whose_indices_lie(form, index, backend):
+    matrix = need("scipy.sparse").coo_array(X).asformat(form)
+    arguments = (W, Y)
+    if form == "lil":
+        matrix.rows[0][0] = index
+    elif form == "dok":
+        matrix._dict[0, index] = 1.0  # past its checks
+    elif form == "coo":
+        matrix.col[0] = index
+    else:
+        matrix.indices[0] = index
+    with pytest.raises(ValueError, match=r"inputs is not a valid sparse matrix: .*ind"):
+        fl.linear_cross_entropy(matrix, *arguments, backend=backend)
+
+
+def test_sparse_inputs_whose_rows_lie(backend):
+    matrix = need("scipy.sparse").csr_array(X)
+    matrix.indptr[-1] = 10**6
+    with pytest.raises(ValueError, match="inputs is not a valid sparse matrix"):
+        fl.linear_cross_entropy(matrix, W, Y, backend=backend)
+
+
+def test_a_check_leaves_sparse_inputs_alone(backend):
+    """SciPy's own would cut off what lies behind the last entry."""
+    matrix = need("scipy.sparse").csr_array(X)
+    data, indices = (np.append(a, a[:1]) for a in (matrix.data, matrix.indices))
+    matrix.data, matrix.indices = data, indices
+    right = fl.linear_cross_entropy(X, W, Y, backend=backend)
+    assert fl.linear_cross_entropy(matrix, W, Y, backend=backend) == pytest.approx(right)
+    assert matrix.data is data
+    assert matrix.indices is indices
+
+
 def test_l2_penalty_errors():
     with pytest.raises(ValueError, match=r"linear_weight has shape \(3,\), expected \(C, D\)"):
         fl.l2_penalty(W[0], 1.0)

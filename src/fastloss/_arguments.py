@@ -482,7 +482,25 @@ def _csr(value: Any) -> Any:
         return None
     if value.ndim != 2:
         raise ValueError(f"inputs has shape {value.shape}, expected (N, D) of a sparse matrix")
-    return value.tocsr()
+    try:
+        _check_entries(value)
+        rows = value.tocsr()
+        _check_entries(rows)
+    except ValueError as error:
+        raise ValueError(f"inputs is not a valid sparse matrix: {error}") from None
+    return rows
+
+
+def _check_entries(matrix: Any) -> None:
+    """SciPy itself does not look where indices go when it converts and multiplies."""
+    if matrix.format == "coo":
+        for indices, size in zip((matrix.row, matrix.col), matrix.shape, strict=True):
+            if indices.size and not 0 <= indices.min() <= indices.max() < size:
+                raise ValueError(f"indices must be at least 0 and less than {size}")
+    elif matrix.format in ("csr", "csc", "bsr"):
+        # Of a copy that shares memory: the check may shorten arrays.
+        entries = (matrix.data, matrix.indices, matrix.indptr)
+        type(matrix)(entries, shape=matrix.shape, copy=False).check_format(full_check=True)
 
 
 def _scores(shape: tuple[int, ...], num_classes: int, dtype: np.dtype) -> Logits:
