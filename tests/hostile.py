@@ -403,6 +403,8 @@ def draw_out(rnd, arguments, wrong, shape, dtype, memories):
         for name in (*ARRAYS, "inputs", "linear_weight", "linear_bias"):
             array = arguments.get(name)
             fits = isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
+            # What was made wrong, or is empty, may lie in memory that nobody watches.
+            fits = fits and any(np.may_share_memory(array, memory) for memory in memories)
             if fits and array.shape == shape and array.dtype == dtype and array.flags.writeable:
                 arguments["out"] = array
                 return _cover(array, memories)
