@@ -135,6 +135,7 @@ def threads_of_process():
 def threads_left_behind(backend, callers=200):
     """How many threads of the system are there afterwards, when many of Python have called."""
     digest(backend)
+    time.sleep(0.1)  # the threads of the linear head may not be quite gone
     before = threads_of_process()
     for _ in range(callers):
         caller = threading.Thread(target=bits, args=["softmax", backend, 2])
