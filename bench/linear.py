@@ -195,8 +195,9 @@ def blas(threads):
     pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
     assert {pool["num_threads"] for pool in pools} <= {threads}, pools
     return ", ".join(
-        f"{p['internal_api']} {p['version']} for {p.get('architecture')}, {p['num_threads']} threads"
-        for p in pools
+        f"{pool['internal_api']} {pool['version']} for {pool.get('architecture')}, "
+        f"{pool['num_threads']} threads"
+        for pool in pools
     )
 
 

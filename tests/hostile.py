@@ -243,7 +243,7 @@ NUMBERS = {
          BFLOAT16.type(0.5)],
         [-0.1, 1.5, np.nan, np.inf, 10**400, "0.1", b"0", bytearray(b"0"), memoryview(b"0"), None,
          0.5j, np.complex64(0.5), np.array(0.5j), np.array("0.5"), np.str_("0.5"), [0.1, 0.2],
-         np.zeros(2), np.timedelta64(0), np.array(0, "m8[s]"), np.ma.masked],
+         np.zeros(2), np.timedelta64(0, "s"), np.array(0, "m8[s]"), np.ma.masked],
     ),
     "z_loss": (
         [0.0, 0, 0.01, np.float32(0.5), Fraction(1, 100)],

@@ -219,7 +219,7 @@ ERRORS = [
         (CROSS_ENTROPY, {"label_smoothing": value}, TypeError,
          f"label_smoothing = {value!r} is not a real number")
         for value in (np.complex64(0.5), np.array("0.5"), np.str_("0.5"), bytearray(b"0"),
-                      np.timedelta64(0), np.ma.masked_array(0.5))
+                      np.timedelta64(0, "s"), np.ma.masked_array(0.5))
     ],
     *[
         (CROSS_ENTROPY, {"z_loss": value}, ValueError,

@@ -109,7 +109,6 @@ def allow_no_more_threads():
     resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
     if os.geteuid() == 0:  # whom no limit holds
         os.setuid(65534)
-import concurrent.futures.thread  # which that user may not be allowed to read any more
 import os
 import calls
 from fastloss._backend import _describe_threads

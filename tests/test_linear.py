@@ -1,9 +1,11 @@
 """The linear head: against oracles, by chunks, over options, layouts and errors."""
 
+import _thread
 import ctypes
 import functools
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -567,6 +569,17 @@ def test_sparse_inputs_whose_indices_lie(form, index, backend):
         fl.linear_cross_entropy(matrix, *arguments, backend=backend)
 
 
+def test_sparse_inputs_whose_lengths_lie(backend):
+    sparse = need("scipy.sparse")
+    longer, shorter, dia = sparse.lil_array(X), sparse.lil_array(X), sparse.dia_array(X)
+    longer.data[0] = [1.0] * 100_000
+    shorter.rows[0] = [0] * 100_000
+    dia.offsets = np.append(dia.offsets, dia.offsets)
+    for matrix in (longer, shorter, dia):
+        with pytest.raises(ValueError, match=r"inputs is not a valid sparse matrix: .*index"):
+            fl.linear_cross_entropy(matrix, W, Y, backend=backend)
+
+
 def test_sparse_inputs_whose_rows_lie(backend):
     matrix = need("scipy.sparse").csr_array(X)
     matrix.indptr[-1] = 10**6
@@ -630,51 +643,81 @@ def test_no_more_threads_than_chunks(small_chunks, monkeypatch):
     threads = set()
 
     def kernel(*arguments):
-        threads.add(threading.get_ident())
-        time.sleep(0.01)
+        if threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            everybody.wait()
         return 0.0
 
     monkeypatch.setattr(_reference, "cross_entropy", kernel)
     problem = Problem((16, 37, 11), np.float32)
     for asked, used in [(1, 1), (2, 2), (9, 4)]:
         threads.clear()
+        everybody = threading.Barrier(used, timeout=60)
         problem.loss(backend="numpy", num_threads=asked)
         assert len(threads) == used
 
 
-@pytest.mark.parametrize("culprit", ["caller", "other"])
-def test_an_error_in_one_thread(culprit, small_chunks, monkeypatch):
+def test_an_error_in_one_thread(small_chunks, monkeypatch):
     """The others leave their chunks and wait for nobody."""
     right, rows = _reference.cross_entropy, []
 
     def kernel(scores, *arguments):
         rows.append(len(scores))
-        is_caller = threading.current_thread() is threading.main_thread()
-        if len(rows) > 4 and is_caller == (culprit == "caller"):
+        if len(rows) == 5:
             raise MemoryError("no scratch")
         time.sleep(0.001)
         return right(scores, *arguments)
 
     monkeypatch.setattr(_reference, "cross_entropy", kernel)
     problem = Problem((3000, 37, 11), np.float32)
-    with pytest.raises(MemoryError, match="no scratch"):
-        problem.loss_and_gradients(backend="numpy", num_threads=3)
-    assert sum(rows) < 1000
+    for threads in (1, 3):
+        rows.clear()
+        with pytest.raises(MemoryError, match="no scratch"):
+            problem.loss_and_gradients(backend="numpy", num_threads=threads)
+        assert sum(rows) < 1000
+
+
+def raise_interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
+def test_interrupts(python):
+    """Ctrl-C at any moment: the call ends, and the next one is right."""
+    python(
+        "import signal, numpy as np, fastloss as fl\n"
+        "from fastloss import linear\n"
+        "def interrupt(*_): raise KeyboardInterrupt\n"
+        "signal.signal(signal.SIGALRM, interrupt)\n"
+        "linear._LEAST_ROWS = linear._BLOCK_PRODUCTS = 8\n"
+        "x, w, y = np.ones((100, 3)), np.ones((4, 3)), np.zeros(100, int)\n"
+        "def call(): return fl.linear_cross_entropy_with_grad(x, w, y, num_threads=3)[0]\n"
+        "right, interrupted = call(), 0\n"
+        "rng = np.random.default_rng(0)\n"
+        "for _ in range(3000):\n"
+        "    try:\n"
+        "        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1e-3))\n"
+        "        call()\n"
+        "        signal.setitimer(signal.ITIMER_REAL, 0)\n"
+        "    except KeyboardInterrupt:\n"
+        "        interrupted += 1\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0)\n"
+        "assert interrupted > 300 and call() == right, interrupted\n"
+    )
 
 
 def test_threads_that_the_system_refuses(small_chunks, monkeypatch, backend):
     """Those that there are do the work, and no error is raised."""
     problem = Problem((2000, 60, 5), np.float32)
     right = problem.loss(backend=backend, num_threads=1)
-    start, started = threading.Thread.start, []
+    start, started = _thread.start_new_thread, []
 
-    def refuse(thread):
+    def refuse(*arguments):
         if len(started) == most:
             raise RuntimeError("can't start new thread")
-        started.append(thread)
-        start(thread)
+        started.append(start(*arguments))
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
     for most in (0, 1):
         started.clear()
         assert problem.loss(backend=backend, num_threads=4) == right
@@ -749,13 +792,40 @@ def test_a_blas_that_cannot_be_held(reason, small_chunks, monkeypatch):
 
 
 @own_blas
-def test_blas_is_set_free_by_the_last_who_leaves():
+def test_blas_is_set_free_by_the_last_who_lets_go(monkeypatch):
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
-        _blas.one_thread.__enter__()
-        _blas.one_thread.__enter__()
-        _blas.one_thread.__exit__()
+        _blas.one_thread.hold()
+        other = threading.Thread(target=_blas.one_thread.hold)
+        other.start()
+        other.join()
+        _blas.one_thread.release()
         assert blas_threads() == 1
-        _blas.one_thread.__exit__()
+        monkeypatch.setattr(threading, "get_ident", lambda: other.ident)
+        _blas.one_thread.release()
+        assert blas_threads() == 2
+
+
+@own_blas
+def test_what_others_set_meanwhile_stays():
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        _blas.one_thread.hold()
+        _blas._openblas().set_num_threads(3)
+        _blas.one_thread.release()
+        assert blas_threads() == 3
+
+
+@own_blas
+def test_an_interrupt_while_blas_is_held(monkeypatch):
+    """It is not held for good."""
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        problem = Problem((10, 3, 2), np.float32)
+        release = _blas.one_thread.release
+        monkeypatch.setattr(_blas.one_thread, "release", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            problem.loss()
+        monkeypatch.setattr(_blas.one_thread, "release", release)
+        assert blas_threads() == 1
+        problem.loss()
         assert blas_threads() == 2
 
 
@@ -769,8 +839,10 @@ def test_a_fork_during_a_call(python):
         "blas.set_num_threads(2)\n"
         "inside, leave = threading.Event(), threading.Event()\n"
         "def call():\n"
-        "    with _blas.one_thread:\n"
+        "    _blas.one_thread.hold()\n"
+        "    with _blas.one_thread._lock:\n"
         "        inside.set(); leave.wait()\n"
+        "    _blas.one_thread.release()\n"
         "thread = threading.Thread(target=call); thread.start(); inside.wait()\n"
         "pid = os.fork()\n"
         "if not pid:\n"

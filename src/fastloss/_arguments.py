@@ -485,7 +485,8 @@ def _csr(value: Any) -> Any:
     try:
         _check_entries(value)
         rows = value.tocsr()
-        _check_entries(rows)
+        if rows is not value:
+            _check_entries(rows)
     except ValueError as error:
         raise ValueError(f"inputs is not a valid sparse matrix: {error}") from None
     return rows
@@ -501,6 +502,13 @@ def _check_entries(matrix: Any) -> None:
         # Of a copy that shares memory: the check may shorten arrays.
         entries = (matrix.data, matrix.indices, matrix.indptr)
         type(matrix)(entries, shape=matrix.shape, copy=False).check_format(full_check=True)
+    elif matrix.format == "dia":
+        if matrix.data.ndim != 2 or matrix.offsets.shape != matrix.data.shape[:1]:
+            raise ValueError("there must be an index of offset for each diagonal")
+    elif matrix.format == "lil":
+        lengths = [[len(entries) for entries in part] for part in (matrix.rows, matrix.data)]
+        if lengths[0] != lengths[1] or len(lengths[0]) != matrix.shape[0]:
+            raise ValueError("each entry must have an index")
 
 
 def _scores(shape: tuple[int, ...], num_classes: int, dtype: np.dtype) -> Logits:

@@ -43,43 +43,46 @@ def can_be_held() -> bool:
 
 
 class _OneThread:
-    """The context in which BLAS has no threads of its own, where it can be held.
+    """While anybody holds it, BLAS has no threads of its own, as far as that can be had.
 
-    That goes for the whole process.  The first who enters sets it, and the last who leaves takes
-    it back; threadpoolctl from version 3.8 on does it for one thread alone.
+    That goes for the whole process.  The first who takes hold sets it, and the last who lets go
+    takes it back.  (threadpoolctl, from version 3.8 on, obeys one thread and ignores the others.)
+    An interrupt may keep a thread from letting go: its next call then does.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
+        self._lock = threading.RLock()
+        self._holders: set[int] = set()
         self._before: int | None = None
 
-    def __enter__(self) -> None:
+    def hold(self) -> None:
         blas = _openblas()
         with self._lock:
-            if blas and not self._inside:
+            self._holders.add(threading.get_ident())
+            if blas and self._before is None:
                 self._before = blas.get_num_threads()
+            if blas:
                 blas.set_num_threads(1)
-            self._inside += 1
 
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
         with self._lock:
-            self._inside -= 1
-            if not self._inside:
+            self._holders.discard(threading.get_ident())
+            if not self._holders:
                 self.restore()
 
     def restore(self) -> None:
-        blas, before = _openblas(), self._before
-        if blas and before is not None:
-            blas.set_num_threads(before)
-            self._before = None
+        if self._before is None or not (blas := _openblas()):
+            return
+        if blas.get_num_threads() == 1:  # else somebody has set it in the meantime
+            blas.set_num_threads(self._before)
+        self._before = None
 
 
 one_thread = _OneThread()
 
 
 def _after_fork_in_child() -> None:
-    """Those inside are not in the child, and the lock may have been theirs."""
+    """The holders are not in the child, and the lock may have been theirs."""
     global one_thread
     left, one_thread = one_thread, _OneThread()
     left.restore()

@@ -14,8 +14,10 @@ exist.  Three things are less plain than that:
   *block*; a chunk is a whole number of blocks.
 """
 
+import _thread
 import contextlib
 import math
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -102,7 +104,8 @@ def linear_cross_entropy(
     backend : {"auto", "cython", "numba", "numpy"}, optional
         See `set_backend`.  The products are those of NumPy, whatever it is.
     num_threads : int, optional
-        The most threads to use, one for each chunk.  See `set_num_threads`.  During the call
+        The most threads to use, one for each chunk, of which few rows have four at the most.  See
+        `set_num_threads`.  During the call
         NumPy's BLAS is held to one thread, for the whole process.  Where it is no OpenBLAS with
         threads of POSIX, which NumPy brings along, one thread takes the chunks, and BLAS has its
         own.
@@ -131,10 +134,11 @@ def linear_cross_entropy(
     shape of a product.
 
     Scores are rounded to the dtype of `inputs`, and so is the loss of each row.  Extra memory is
-    about 24 MiB for each thread, whatever N, or a chunk of scores where that is larger.  Copies
-    are made of a `linear_weight` where there is a bias and far more rows than features, where
-    `inputs` are sparse or where it is contiguous in neither order, of `inputs` whose leading axes
-    do not merge into one, and of probabilities in another dtype.
+    about 24 MiB for each thread, whatever N, or a chunk of scores where that is larger, and up to
+    three times as much where there are more features than classes.  Copies are made of a
+    `linear_weight` where there is a bias and far more rows than features, where `inputs` are sparse
+    or where it is contiguous in neither order, of `inputs` whose leading axes do not merge into
+    one, and of probabilities in another dtype.
 
     The method is that of [1]_.
 
@@ -376,10 +380,15 @@ def _kept(
 def _sizes(count: int, layer: _arguments.Linear, asked: int | None) -> tuple[int, int]:
     """The rows of a block and of a chunk."""
     num_classes, num_features = layer.weight.shape
-    row_bytes = num_classes * layer.weight.itemsize
-    row_products = num_classes * max(num_features, 1)
-    most = min(_BLOCK_BYTES // row_bytes, _BLOCK_PRODUCTS // row_products)
-    most = max(most, min(_LEAST_ROWS, -(-count // _LEAST_BLOCKS), _MOST_BYTES // row_bytes), 1)
+    itemsize = layer.weight.itemsize
+    largest = max(_MOST_BYTES // (max(num_classes, num_features) * itemsize), 1)
+    most = _BLOCK_BYTES // (num_classes * itemsize)
+    if layer.sparse:
+        # Each chunk makes a dense gradient, which takes as long as so many rows.
+        most = min(max(most, num_features // 4), _MOST_BYTES // (num_classes * itemsize))
+    else:
+        most = min(most, _BLOCK_PRODUCTS // (num_classes * max(num_features, 1)))
+    most = max(most, min(_LEAST_ROWS, -(-count // _LEAST_BLOCKS), largest), 1)
     blocks = max(-(-count // most), 1)
     if blocks > 1:
         blocks += blocks % 2  # for two threads to have as many
@@ -407,12 +416,15 @@ def _run(
                     _add_to_inputs(plan, gradients.inputs, rows, scores, accumulate)
                 _add_to_layer(gradients, scores, x, turns, rows)
 
-    with _blas.one_thread:
+    try:
+        _blas.one_thread.hold()
         _on_threads(plan.threads, work, turns)
-    if gradients is not None and plan.l2:
-        with np.errstate(all="ignore"):
+    finally:
+        _blas.one_thread.release()
+    with np.errstate(all="ignore"):
+        if gradients is not None and plan.l2:
             _add_penalty(gradients.linear_weight, plan.layer.weight, plan.l2)
-    return _reduce(plan, losses)
+        return _reduce(plan, losses)
 
 
 _Chunk = tuple[slice, Any, np.ndarray]  # rows, inputs, scores
@@ -452,36 +464,54 @@ class _Turns:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Leave the other chunks, and let nobody wait for what will not come."""
+        """Hand out no more."""
+        self._stopped = True
+
+    def give_up(self) -> None:
+        """And let nobody wait for the chunk of this thread, which will not be done."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
 
 def _on_threads(threads: int, work: Callable[[], None], turns: _Turns) -> None:
-    """Let so many threads take chunks."""
+    """Let so many threads take chunks.
 
-    def guarded() -> None:
+    This one, which Ctrl-C may interrupt anywhere, has no lock then that they wait for.  The pools
+    of the standard library have such locks, and do not survive a fork.
+    """
+    started, finished = 0, []
+    news: queue.SimpleQueue[None] = queue.SimpleQueue()
+    errors: list[BaseException] = []
+
+    def run() -> None:
         try:
             work()
-        except BaseException:
-            turns.stop()
-            raise
+        except BaseException as error:
+            errors.append(error)
+            turns.give_up()
+        finally:
+            finished.append(True)
+            news.put(None)
 
-    if threads <= 1:
-        work()
-        return
-    from concurrent.futures import ThreadPoolExecutor  # slow to import
+    def wait() -> None:
+        while len(finished) < started:
+            news.get()
 
-    # For this call alone: a pool does not survive a fork.
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = []
+    try:
         with contextlib.suppress(RuntimeError, MemoryError):  # no thread to be had: fewer do it
-            for _ in range(threads - 1):
-                others.append(pool.submit(guarded))
-        guarded()
-        for other in others:
-            other.result()
+            while 1 < threads > started:
+                _thread.start_new_thread(run, ())
+                started += 1
+        if not started:
+            work()
+        wait()
+    except BaseException:
+        turns.stop()
+        wait()
+        raise
+    if errors:
+        raise errors[0]
 
 
 def _dense_chunks(plan: _Plan) -> Callable[[_Turns], Iterator[_Chunk]]:
