@@ -664,6 +664,7 @@ def test_an_error_in_one_thread(small_chunks, monkeypatch):
     def kernel(scores, *arguments):
         rows.append(len(scores))
         if len(rows) == 5:
+            time.sleep(0.2)  # by then the others wait to add their chunks
             raise MemoryError("no scratch")
         time.sleep(0.001)
         return right(scores, *arguments)
@@ -681,7 +682,32 @@ def raise_interrupt(*arguments):
     raise KeyboardInterrupt
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
+signals = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
+
+
+@signals
+def test_an_interrupt_ends_a_call(small_chunks, monkeypatch):
+    right, rows = _reference.cross_entropy, []
+
+    def kernel(scores, *arguments):
+        rows.append(len(scores))
+        if len(rows) == 5:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.001)
+        return right(scores, *arguments)
+
+    monkeypatch.setattr(_reference, "cross_entropy", kernel)
+    problem = Problem((3000, 37, 11), np.float32)
+    for threads in (1, 3):
+        rows.clear()
+        with pytest.raises(KeyboardInterrupt):
+            problem.loss_and_gradients(backend="numpy", num_threads=threads)
+        count = len(rows)
+        time.sleep(0.05)
+        assert len(rows) == count < 100
+
+
+@signals
 def test_interrupts(python):
     """Ctrl-C at any moment: the call ends, and the next one is right."""
     python(
