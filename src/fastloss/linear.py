@@ -104,11 +104,10 @@ def linear_cross_entropy(
     backend : {"auto", "cython", "numba", "numpy"}, optional
         See `set_backend`.  The products are those of NumPy, whatever it is.
     num_threads : int, optional
-        The most threads to use, one for each chunk, of which few rows have four at the most.  See
-        `set_num_threads`.  During the call
-        NumPy's BLAS is held to one thread, for the whole process.  Where it is no OpenBLAS with
-        threads of POSIX, which NumPy brings along, one thread takes the chunks, and BLAS has its
-        own.
+        The most threads to use, one for each chunk, of which few rows make four at the most.  See
+        `set_num_threads`.  During the call NumPy's BLAS is held to one thread, for the whole
+        process.  Where it is not OpenBLAS with POSIX threads, as NumPy brings it along, one thread
+        takes the chunks, and BLAS has its own.
 
     Returns
     -------
@@ -500,7 +499,7 @@ def _on_threads(threads: int, work: Callable[[], None], turns: _Turns) -> None:
 
     try:
         with contextlib.suppress(RuntimeError, MemoryError):  # no thread to be had: fewer do it
-            while 1 < threads > started:
+            while started < threads and threads > 1:
                 _thread.start_new_thread(run, ())
                 started += 1
         if not started:
