@@ -574,8 +574,9 @@ def _refuse_shared_memory(arrays: dict[str, np.ndarray | None]) -> None:
 
 def _share_memory(first: np.ndarray, second: np.ndarray) -> bool:
     """They may well be columns of one array."""
+    effort: Any = 10_000  # before NumPy 2.5 its types knew of none between 0 and all of it
     try:
-        return np.shares_memory(first, second, max_work=10_000)  # type: ignore[arg-type]
+        return np.shares_memory(first, second, max_work=effort)
     except np.exceptions.TooHardError:  # but not of strides for which this is hard to tell
         return True
 
