@@ -818,16 +818,24 @@ def test_a_blas_that_cannot_be_held(reason, small_chunks, monkeypatch):
 
 
 @own_blas
-def test_blas_is_set_free_by_the_last_who_lets_go(monkeypatch):
+def test_blas_is_set_free_by_the_last_who_lets_go():
+    holds, may_go = threading.Event(), threading.Event()
+
+    def other():
+        _blas.one_thread.hold()
+        holds.set()
+        may_go.wait()
+        _blas.one_thread.release()
+
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         _blas.one_thread.hold()
-        other = threading.Thread(target=_blas.one_thread.hold)
-        other.start()
-        other.join()
+        thread = threading.Thread(target=other)
+        thread.start()
+        holds.wait()
         _blas.one_thread.release()
         assert blas_threads() == 1
-        monkeypatch.setattr(threading, "get_ident", lambda: other.ident)
-        _blas.one_thread.release()
+        may_go.set()
+        thread.join()
         assert blas_threads() == 2
 
 
