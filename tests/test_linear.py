@@ -657,19 +657,29 @@ def test_no_more_threads_than_chunks(small_chunks, monkeypatch):
         assert len(threads) == used
 
 
-def test_an_error_in_one_thread(small_chunks, monkeypatch):
-    """The others leave their chunks and wait for nobody."""
+def watch_chunks(monkeypatch, at_the_fifth):
+    """The rows of each chunk that the reference sees; something happens at the fifth."""
     right, rows = _reference.cross_entropy, []
 
     def kernel(scores, *arguments):
         rows.append(len(scores))
         if len(rows) == 5:
-            time.sleep(0.2)  # by then the others wait to add their chunks
-            raise MemoryError("no scratch")
+            at_the_fifth()
         time.sleep(0.001)
         return right(scores, *arguments)
 
     monkeypatch.setattr(_reference, "cross_entropy", kernel)
+    return rows
+
+
+def test_an_error_in_one_thread(small_chunks, monkeypatch):
+    """The others leave their chunks and wait for nobody."""
+
+    def fail():
+        time.sleep(0.2)  # by then the others wait to add their chunks
+        raise MemoryError("no scratch")
+
+    rows = watch_chunks(monkeypatch, fail)
     problem = Problem((3000, 37, 11), np.float32)
     for threads in (1, 3):
         rows.clear()
@@ -687,16 +697,8 @@ signals = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers
 
 @signals
 def test_an_interrupt_ends_a_call(small_chunks, monkeypatch):
-    right, rows = _reference.cross_entropy, []
-
-    def kernel(scores, *arguments):
-        rows.append(len(scores))
-        if len(rows) == 5:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        time.sleep(0.001)
-        return right(scores, *arguments)
-
-    monkeypatch.setattr(_reference, "cross_entropy", kernel)
+    main = threading.main_thread().ident
+    rows = watch_chunks(monkeypatch, lambda: signal.pthread_kill(main, signal.SIGINT))
     problem = Problem((3000, 37, 11), np.float32)
     for threads in (1, 3):
         rows.clear()
