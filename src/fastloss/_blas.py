@@ -59,9 +59,9 @@ class _OneThread:
         blas = _openblas()
         with self._lock:
             self._holders.add(threading.get_ident())
-            if blas and self._before is None:
-                self._before = blas.get_num_threads()
             if blas:
+                if self._before is None:
+                    self._before = blas.get_num_threads()
                 blas.set_num_threads(1)
 
     def release(self) -> None:

@@ -468,8 +468,8 @@ class _Turns:
 
     def give_up(self) -> None:
         """And let nobody wait for the chunk of this thread, which will not be done."""
+        self.stop()
         with self._changed:
-            self._stopped = True
             self._changed.notify_all()
 
 
@@ -520,7 +520,7 @@ def _dense_chunks(plan: _Plan) -> Callable[[_Turns], Iterator[_Chunk]]:
     if bias is not None and plan.num_rows > _COPY_COST * num_features:
         # The bias as one more weight, of an input of 1, saves a pass over the scores.
         weight, bias = np.hstack([weight, bias[:, None]]), None
-    direct = plan.kept is None and weight is plan.layer.weight and inputs.flags.c_contiguous
+    direct = weight is plan.layer.weight and inputs.flags.c_contiguous
 
     def chunks(turns: _Turns) -> Iterator[_Chunk]:
         scores = np.empty((plan.chunk, num_classes), weight.dtype)
