@@ -39,6 +39,17 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture
+def group():
+    """The group of this process alone."""
+    dist = torch.distributed
+    if not dist.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 def rows_of(shape):
     dim = min(1, len(shape) - 1)
     return shape[:dim] + shape[dim + 1 :]
@@ -1033,6 +1044,42 @@ def test_fallback():
     assert torch.equal(
         ft.softmax(sparse.to_dense(), 1, fallback=True), ft.softmax(X, 1)
     )  # what the kernels take does not fall back
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ["strided", "jagged", "DTensor"])
+def test_nested_and_distributed_tensors(group, kind):
+    """An error that says what they are, from every function; with fallback PyTorch's own result."""
+    if kind == "DTensor":
+        from torch.distributed.tensor import DeviceMesh, distribute_tensor
+
+        x, t = (distribute_tensor(part, DeviceMesh("cpu", [0])) for part in (X, T))
+        message = "is a DTensor; the kernels take plain ones"
+    else:
+        layout = getattr(torch, kind)
+        x, t = (torch.nested.nested_tensor([part, part[:2]], layout=layout) for part in (X, T))
+        message = "is a nested tensor; the kernels take dense ones"
+    calls = {
+        "softmax": lambda module, **how: module.softmax(x, -1, **how),
+        "log_softmax": lambda module, **how: module.log_softmax(x, -1, **how),
+        "cross_entropy": lambda module, **how: module.cross_entropy(x, t, **how),
+        "nll_loss": lambda module, **how: module.nll_loss(x, t, **how),
+        "linear": lambda module, **how: module.linear_cross_entropy(x, x, t, **how),
+    }
+    others = [
+        ("target", lambda: ft.cross_entropy(X, t)),
+        ("input", lambda: ft.CrossEntropyLoss()(x, t)),
+        ("logits_shard", lambda: ft.vocab_parallel_cross_entropy(x, t, 0)),
+    ]
+    for name, call in [*(("input", lambda c=c: c(ft)) for c in calls.values()), *others]:
+        with pytest.raises(TypeError, match=f"^{name} {message}"):
+            call()
+    theirs = {"strided": ["softmax"], "jagged": ["softmax", "log_softmax"], "DTensor": calls}
+    for name in theirs[kind]:
+        found, expected = calls[name](ft, fallback=True), calls[name](F)
+        assert type(found) is type(expected)
+        parts = zip(*((r.unbind() if r.is_nested else [r]) for r in (found, expected)), strict=True)
+        assert all((part == their_part).all() for part, their_part in parts)
 
 
 def test_subclasses_and_modes():

@@ -1,5 +1,6 @@
 """Functions with the names and the arguments of those in ``torch.nn.functional``."""
 
+import sys
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def softmax(
         See `fastloss.set_backend`.
     fallback : bool
         Whether PyTorch's own function computes what the kernels cannot: tensors on other devices,
-        sparse or quantized ones.  Else they are a TypeError.
+        sparse, quantized or nested ones, DTensors.  Else they are a TypeError.
 
     Returns
     -------
@@ -184,7 +185,7 @@ def cross_entropy(
         where the upstream gradient is not 1.  Where `input` needs no gradient nothing is written.
     fallback : bool
         Whether PyTorch's own function computes what the kernels cannot: tensors on other devices,
-        sparse or quantized ones.  Else they are a TypeError.
+        sparse, quantized or nested ones, DTensors.  Else they are a TypeError.
 
     Returns
     -------
@@ -504,6 +505,10 @@ def unsuited(tensors: dict[str, Any]) -> str | None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.is_nested:
+            return f"{name} is a nested tensor; the kernels take dense ones"
+        if _is_dtensor(tensor):
+            return f"{name} is a DTensor; the kernels take plain ones, such as its to_local()"
         if not tensor.is_cpu:
             return f"{name} is on the device {tensor.device}; the kernels run on the CPU"
         if tensor.layout is not torch.strided:
@@ -511,3 +516,9 @@ def unsuited(tensors: dict[str, Any]) -> str | None:
         if tensor.is_quantized:
             return f"{name} is quantized ({tensor.dtype}); dequantize it first"
     return None
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Without the import of their module: whoever has one has done that."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
