@@ -16,6 +16,7 @@ from fastloss.torch._compute import (
     to_array,
     to_tensor,
 )
+from fastloss.torch._derivatives import counting, row_factors
 
 
 class LinearInputs(NamedTuple):
@@ -177,6 +178,8 @@ def _differentiable_gradients(
     upstream: Tensor, inputs: LinearInputs, options: Options, l2: float
 ) -> list[Any]:
     """In terms of operations that have derivatives themselves."""
+    factors = row_factors(1.0, Inputs(inputs.input, *inputs[3:]), options)  # its rows are theirs
+    inputs = inputs._replace(input=counting(factors.unsqueeze(-1), inputs.input))
     with_scores = inputs.with_scores()
     g = _ops.loss_backward(upstream, *with_scores, *options)
     rows = g.reshape(-1, g.shape[-1])
