@@ -464,8 +464,57 @@ def leaves_of(tensors):
 @every_call
 def test_first_and_second_derivatives(compiled, call, tensors):
     leaves = leaves_of(tensors)
-    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+    how = {"fast_mode": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(call, leaves, **how)
+    assert torch.autograd.gradgradcheck(call, leaves, **how)
+
+
+@every_call
+def test_gradient_that_is_differentiated_again(compiled, call, tensors):
+    """It is the one that is not, whatever the upstream gradient."""
+    leaves = leaves_of(tensors)
+    result = call(*leaves)
+    for upstream in (torch.ones_like(result), torch.linspace(-2.5, 3, result.numel()).double()):
+        u = upstream.reshape(result.shape)
+        expected = torch.autograd.grad(call(*leaves), leaves, u)
+        found = torch.autograd.grad(call(*leaves), leaves, u, create_graph=True)
+        assert all(grad.requires_grad for grad in found)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@every_call
+def test_batched_gradients(call, tensors):
+    """One for each upstream gradient of a batch, also to be differentiated again."""
+    leaves = leaves_of(tensors)
+    result = call(*leaves)
+    batch = torch.linspace(-2, 3, 3 * result.numel()).double().reshape(3, *result.shape)
+    for create_graph in (False, True):
+        how = {"retain_graph": True, "create_graph": create_graph}
+        found = torch.autograd.grad(result, leaves, batch, is_grads_batched=True, **how)
+        entries = [torch.autograd.grad(result, leaves, u, **how) for u in batch]
+        for grad, expected in zip(found, zip(*entries, strict=True), strict=True):
+            assert grad.requires_grad == create_graph
+            torch.testing.assert_close(grad, torch.stack(expected), rtol=1e-12, atol=1e-15)
+    jacobian = torch.autograd.functional.jacobian
+    found, expected = (jacobian(call, tensors, vectorize=v) for v in (True, False))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (3, 5, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_batched_gradients_of_modules(generator, shape, dtype, inplace):
+    scores, target, _ = problem(generator, shape, dtype, "indices")
+    for reduction in REDUCTIONS:
+        module = ft.CrossEntropyLoss(reduction=reduction, inplace=inplace)
+        leaf = scores.clone().requires_grad_()
+        loss = module(leaf * 1, target)
+        batch = torch.randn((3, *loss.shape), generator=generator).to(dtype)
+        (found,) = torch.autograd.grad(loss, leaf, batch, is_grads_batched=True)
+        for grad, u in zip(found, batch, strict=True):
+            assert_close(
+                grad, loss_and_grad(ft.cross_entropy, scores, target, u, reduction=reduction)[1]
+            )
 
 
 @every_call
@@ -493,6 +542,45 @@ def test_any_upstream_gradient(compiled, call, tensors):
             flat = upstream.flatten().tolist()
             expected = sum(u * unit[place] for u, unit in zip(flat, units, strict=True))
             torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12 * max(map(abs, flat)))
+
+
+def test_nan_in_a_row_that_does_not_count(compiled, generator):
+    """It shows in no derivative, first or second, by scores, probabilities or a linear layer."""
+    x = torch.randn((6, 5), generator=generator, dtype=torch.float64)
+    w = torch.randn((4, 5), generator=generator, dtype=torch.float64)
+    t, soft = torch.tensor([0, 1, -100, 3, 4, 0]), x.softmax(1)
+    options = {"z_loss": 0.1, "label_smoothing": 0.2}
+    weighted = {**options, "sample_weight": torch.tensor([1.0, 1, 0, 1, 1, 1])}
+    for call, others in [
+        (lambda x: ft.cross_entropy(x, t, **options), ()),
+        (lambda x: ft.nll_loss(x, t), ()),
+        (lambda x, soft: ft.cross_entropy(x, soft, **weighted), (soft,)),
+        (lambda x, w: ft.linear_cross_entropy(x, w, t.clamp(max=3)), (w,)),
+        (lambda x, w: ft.linear_cross_entropy(x, w, soft[:, :4], **weighted), (w,)),
+    ]:
+        found = []
+        for value in (0.0, NAN):
+            leaves = leaves_of([x, *others])
+            with torch.no_grad():
+                leaves[0][2] = value
+            once = torch.autograd.grad(call(*leaves), leaves, create_graph=True)
+            total = sum(grad.square().sum() for grad in once)
+            again = torch.autograd.grad(total, leaves, materialize_grads=True)
+            found.append([*once, *again])
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_batched_gradients_of_divided_classes(group, generator, reduction):
+    scores, target, _ = problem(generator, (6, 5), torch.float64, "indices")
+    target[2] = -100
+    leaf = scores.requires_grad_()
+    options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.2}
+    loss = ft.vocab_parallel_cross_entropy(leaf, target, 0, **options)
+    batch = torch.randn((3, *loss.shape), generator=generator, dtype=torch.float64)
+    (found,) = torch.autograd.grad(loss, leaf, batch, is_grads_batched=True, retain_graph=True)
+    for grad, u in zip(found, batch, strict=True):
+        assert_close(grad, torch.autograd.grad(loss, leaf, u, retain_graph=True)[0])
 
 
 @every_call
@@ -663,8 +751,10 @@ def test_inplace_refuses_what_it_cannot_do(generator):
     soft = scores.softmax(1).requires_grad_()
     with pytest.raises(ValueError, match="target requires a gradient, which needs the scores"):
         ft.cross_entropy(leaf * 1, soft, inplace=True)
-    with pytest.raises(ValueError, match="elements may share memory"):
+    with pytest.raises(ValueError, match=r"^inplace=True: input of shape \(6, 5\) has strides"):
         ft.cross_entropy((leaf[:1] * 1).expand(6, 5), target, inplace=True)
+    with pytest.raises(ValueError, match="input is negated as it is read"):
+        ft.cross_entropy((torch.complex(leaf, leaf) * 1).conj().imag, target, inplace=True)
     with pytest.raises(RuntimeError, match="in eager code only"):
         torch.func.grad(lambda x: ft.cross_entropy(x * 1, target, inplace=True))(scores)
     saved = leaf.exp()  # which needs its result to go backward
@@ -674,6 +764,48 @@ def test_inplace_refuses_what_it_cannot_do(generator):
     before = scores.clone()
     ft.cross_entropy(scores, target, inplace=True)
     assert torch.equal(scores, before)
+
+
+CHANGES = {
+    "masked_fill_": lambda x, target: x.masked_fill_(x > 0, 0.0),
+    "clamp_": lambda x, target: x.clamp_(min=0.0),
+    "zero_": lambda x, target: x.zero_(),
+    "detached": lambda x, target: x.detach().zero_(),
+    "a part": lambda x, target: x[0].fill_(1.0),
+    "the whole": lambda x, target: x._base.zero_(),
+    "another loss": lambda x, target: ft.cross_entropy(x, target, inplace=True),
+    "a loss of a part": lambda x, target: ft.CrossEntropyLoss(inplace=True)(x[1:], target[1:]),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_gradient_in_place(generator, name, reduction):
+    """PyTorch's error, where it would be a wrong gradient."""
+    scores, target, _ = problem(generator, (6, 5), torch.float32, "indices")
+    x = (scores.requires_grad_() * 1)[:]
+    loss = ft.cross_entropy(x, target, reduction=reduction, inplace=True).sum()
+    CHANGES[name](x, target)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_with_saved_tensors_elsewhere(generator):
+    """As copies, or computed again: nothing that happens to the scores matters to them."""
+    scores, target, _ = problem(generator, (6, 5), torch.float32, "indices")
+    _, expected = loss_and_grad(ft.cross_entropy, scores, target)
+    leaf = scores.requires_grad_()
+    x = leaf * 1
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        loss = ft.cross_entropy(x, target, inplace=True)
+    x.detach().zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
+
+    def again(leaf):
+        return ft.cross_entropy(leaf * 1, target, inplace=True)
+
+    loss = torch.utils.checkpoint.checkpoint(again, leaf, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -738,6 +870,22 @@ def test_vmap_over_some_arguments(generator):
     )
 
 
+@pytest.mark.parametrize("function", [ft.cross_entropy, ft.nll_loss])
+def test_vmap_where_an_entry_has_no_row_that_counts(generator, function):
+    """Its gradient and its second derivatives are 0, as without vmap."""
+    x = torch.randn((3, 6, 5), generator=generator, dtype=torch.float64)
+    t = torch.randint(5, (3, 6), generator=generator)
+    t[1] = -100
+    func = torch.func
+    gradient = func.grad(lambda x, t: function(x, t, sample_weight=torch.arange(6.0)))
+    curvature = func.grad(lambda x, t: gradient(x, t).square().sum())
+    for differentiate in (gradient, curvature):
+        found = func.vmap(differentiate)(x, t)
+        expected = [differentiate(*entry) for entry in zip(x, t, strict=True)]
+        torch.testing.assert_close(found, torch.stack(expected))
+        assert not found[1].any()
+
+
 # PyTorch's first forward-mode derivative compiles something with its own old compiler.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @every_call
@@ -747,6 +895,9 @@ def test_forward_mode_is_refused(call, tensors):
     for differentiate in (
         lambda: torch.func.jvp(call, tensors, tangents),
         lambda: torch.func.hessian(lambda *ts: call(*ts).sum())(*tensors),
+        lambda: torch.autograd.functional.jacobian(
+            call, tensors, vectorize=True, strategy="forward-mode"
+        ),
     ):
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             differentiate()

@@ -380,7 +380,7 @@ def output(
     flags = out.flags
     if not flags.writeable:
         raise ValueError(f"{name} is read-only")
-    if not flags.c_contiguous and _may_overlap_itself(out):
+    if not flags.c_contiguous and may_overlap_itself(out):
         raise ValueError(
             f"{name} of shape {shape} has strides {out.strides}, by which elements may share memory"
         )
@@ -395,7 +395,7 @@ def output(
     return Output(out, np.empty(normal_shape, dtype), True, order)
 
 
-def _may_overlap_itself(array: np.ndarray) -> bool:
+def may_overlap_itself(array: np.ndarray) -> bool:
     """Whether some element may begin before another one ends."""
     reach = array.itemsize
     for stride, n in sorted(zip(map(abs, array.strides), array.shape, strict=True)):

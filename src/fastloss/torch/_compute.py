@@ -185,6 +185,11 @@ def times(grad: Tensor, factor: Tensor | float) -> Tensor:
     return grad if factor == 1.0 else grad.mul_(factor)
 
 
+def times_each(grad: Tensor, upstream: Tensor, dim: int) -> Tensor:
+    """A gradient for each upstream of a batch, of which `grad` has the memory of one only."""
+    return grad * (upstream.unsqueeze(dim) if upstream.dim() else upstream)
+
+
 def _divided(value: float, inputs: Inputs, options: Options) -> tuple[Options, float]:
     """Options that make the gradient `value` times as large, but for a factor: that, too."""
     if value == 1.0:

@@ -97,15 +97,15 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         gradients = ctx.gradients.pop() if ctx.gradients else None
-        needs_input = ctx.needs_input_grad[0]
-        if gradients is not None and not torch.is_grad_enabled():
+        needs_input, alone = ctx.needs_input_grad[0], _ops.is_alone(upstream)
+        if gradients is not None and alone:
             gradients = _times(gradients, upstream.item())
         else:
             inputs = LinearInputs(*ctx.saved_tensors)
-            if torch.is_grad_enabled():
-                gradients = _differentiable_gradients(upstream, inputs, ctx.options, ctx.l2)
-            else:
+            if alone:
                 gradients = _gradients(upstream, inputs, ctx.options, ctx.l2, needs_input)
+            else:
+                gradients = _differentiable_gradients(upstream, inputs, ctx.options, ctx.l2)
         needed = zip(gradients, ctx.needs_input_grad[:3], strict=True)
         return *(grad if needs_it else None for grad, needs_it in needed), *[None] * 5
 

@@ -21,8 +21,20 @@ def is_eager(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
+        or _is_batched(*tensors)
         or _is_traced(*tensors)
     )
+
+
+def is_alone(upstream: Tensor) -> bool:
+    """Whether nothing but the gradient is asked of a backward pass."""
+    return not torch.is_grad_enabled() and is_eager(upstream)
+
+
+def _is_batched(*tensors: Any) -> bool:
+    """Whether one is a batch to ``is_grads_batched=True``, which is not of `torch.func`."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return any(isinstance(tensor, Tensor) and is_batched(tensor) for tensor in tensors)
 
 
 def _is_traced(*tensors: Any) -> bool:
@@ -56,7 +68,7 @@ class Loss(torch.autograd.Function):
         inplace: bool,
     ) -> Tensor:
         inputs = Inputs(scores, target, weight, sample_weight)
-        ctx.options, ctx.inplace = options, inplace
+        ctx.options, ctx.inplace, ctx.spent = options, inplace, False
         # The gradient of this pass goes to the first backward pass, whose caller may keep it and
         # write to it.  Another backward pass computes another one.
         ctx.gradients = []
@@ -67,27 +79,22 @@ class Loss(torch.autograd.Function):
                 return _compute.losses(inputs, options)
         out = scores.detach() if inplace else None
         loss, grad = _compute.losses_and_gradient(inputs, options, out)
-        if inplace:  # whoever has saved the scores for a backward pass shall hear of it
+        if inplace:
+            # Whoever has saved the scores shall hear of it, and we of whoever changes the gradient.
             torch.autograd.graph.increment_version(scores)
-        ctx.gradients.append(grad)
+            ctx.save_for_backward(scores)
+        else:
+            ctx.gradients.append(grad)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        options, differentiable = ctx.options, torch.is_grad_enabled()
-        grad = ctx.gradients.pop() if ctx.gradients else None
         if ctx.inplace:
-            if grad is None or differentiable:
-                what = "differentiate twice" if differentiable else "go backward again"
-                raise RuntimeError(
-                    f"cannot {what} through {options.name} with inplace=True: "
-                    "the gradient has replaced the scores"
-                )
-            value = _compute.uniform(upstream)
-            return _compute.times(grad, upstream if value is None else value), *[None] * 5
-
+            return _gradient_in_place(ctx, upstream), *[None] * 5
+        options, alone = ctx.options, is_alone(upstream)
         target_needs_it = ctx.needs_input_grad[1]
-        if grad is not None and not differentiable and not target_needs_it:
+        grad = ctx.gradients.pop() if ctx.gradients else None
+        if grad is not None and alone and not target_needs_it:
             value = upstream.item()
             # Of a half type it has been rounded: unless it is right as it is, compute it anew.
             if value == 1.0 or grad.dtype not in HALVES:
@@ -95,14 +102,29 @@ class Loss(torch.autograd.Function):
         inputs = Inputs(*ctx.saved_tensors)
         if not ctx.needs_input_grad[0]:
             grad = None
-        elif differentiable:
-            grad = loss_backward(upstream, *inputs, *options)
-        else:
+        elif alone:
             grad = _compute.gradient(upstream, inputs, options, grad)
+        else:
+            grad = loss_backward(upstream, *inputs, *options)
         target_grad = None
         if target_needs_it:
             target_grad = _derivatives.target_gradient(upstream, inputs, options)
         return grad, target_grad, *[None] * 4
+
+
+def _gradient_in_place(ctx: Any, upstream: Tensor) -> Tensor:
+    if ctx.spent or torch.is_grad_enabled():
+        what = "differentiate twice" if torch.is_grad_enabled() else "go backward again"
+        raise RuntimeError(
+            f"cannot {what} through {ctx.options.name} with inplace=True: "
+            "the gradient has replaced the scores"
+        )
+    grad = ctx.saved_tensors[0].detach()  # or PyTorch's error: it has been changed
+    ctx.spent = True
+    if not is_alone(upstream):
+        return _compute.times_each(grad, upstream, _compute.class_dim(grad))
+    value = _compute.uniform(upstream)
+    return _compute.times(grad, upstream if value is None else value)
 
 
 class Probabilities(torch.autograd.Function):
@@ -117,8 +139,8 @@ class Probabilities(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        differentiable = torch.is_grad_enabled()
-        function = probabilities_backward if differentiable else _compute.probabilities_backward
+        alone = is_alone(upstream)
+        function = _compute.probabilities_backward if alone else probabilities_backward
         return function(upstream, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
@@ -137,7 +159,8 @@ def _operator(
 ) -> Callable[..., Tensor]:
     """An operation from its parts, for `torch.library` and for the transforms of `torch.func`.
 
-    The latter take an ``autograd.Function`` only; who traces them sees the operator below it.
+    The latter take an ``autograd.Function`` only; who traces them sees the operator below it.  Of a
+    batch for ``is_grads_batched=True`` PyTorch gives the operator one entry after another.
     """
     op = torch.library.custom_op(f"fastloss::{name}", compute, mutates_args=(), device_types="cpu")
     op.register_fake(fake)
@@ -161,7 +184,9 @@ def _operator(
     function: Any = type(f"fastloss_{name}", (torch.autograd.Function,), methods)
 
     def call(*arguments: Any) -> Any:
-        return op(*arguments) if torch.compiler.is_compiling() else function.apply(*arguments)
+        if torch.compiler.is_compiling() or _is_batched(*arguments):
+            return op(*arguments)
+        return function.apply(*arguments)
 
     return call
 

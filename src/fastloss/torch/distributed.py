@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastloss import _arguments, _backend
-from fastloss.torch import _compute
+from fastloss.torch import _compute, _ops
 from fastloss.torch import functional as F
 from fastloss.torch._compute import Inputs, Options, compute_dtype
 
@@ -189,26 +189,36 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError("vocab_parallel_cross_entropy cannot be differentiated twice")
-        logits_shard, kept, owned, y, top, total, f, others, e_y, lse = ctx.saved_tensors
-        options, e = ctx.options, ctx.options.label_smoothing
-        u = e / ctx.num_classes
-        z_slope = 2 * options.z_loss * lse if options.z_loss else torch.zeros_like(lse)
-        a = 1 + z_slope
-        r = torch.where(kept, upstream.to(torch.float64).reshape(-1) / ctx.divisor, 0)
-        s = others + e_y
+        if _ops.is_eager(upstream):
+            grad = _gradient(ctx, upstream)
+        else:
+            unit = _gradient(ctx, torch.ones((), device="cpu"))
+            grad = _compute.times_each(unit, upstream, -1)
+        return None, grad, *[None] * 8
 
-        scores = _matrix(logits_shard, kept.numel())
-        grad = torch.empty(0, dtype=scores.dtype, device="cpu")
-        if scores.numel():
-            # The shard's own probabilities, but at `top`, times what they count among all.
-            inputs = _inputs(scores, top, kept & (total != 0))
-            grad = _compute.gradient(r * a * (total * f / s), inputs, _own(options.backend))
-            if u:
-                grad.sub_((r * u).to(compute_dtype(grad.dtype)).unsqueeze(1))
-            # The kernel had the largest score for a target, and the target for just any class.
-            _put(grad, top, r * (a * (f / s) - u), kept)
-            _put(grad, y, r * _at_target(a, e_y / s, others / s, 1 - e + u, e - u + z_slope), owned)
-        return None, grad.reshape(logits_shard.shape), *[None] * 8
+
+def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
+    """With respect to the shard."""
+    logits_shard, kept, owned, y, top, total, f, others, e_y, lse = ctx.saved_tensors
+    options, e = ctx.options, ctx.options.label_smoothing
+    u = e / ctx.num_classes
+    z_slope = 2 * options.z_loss * lse if options.z_loss else torch.zeros_like(lse)
+    a = 1 + z_slope
+    r = torch.where(kept, upstream.to(torch.float64).reshape(-1) / ctx.divisor, 0)
+    s = others + e_y
+
+    scores = _matrix(logits_shard, kept.numel())
+    grad = torch.empty(0, dtype=scores.dtype, device="cpu")
+    if scores.numel():
+        # The shard's own probabilities, but at `top`, times what they count among all.
+        inputs = _inputs(scores, top, kept & (total != 0))
+        grad = _compute.gradient(r * a * (total * f / s), inputs, _own(options.backend))
+        if u:
+            grad.sub_((r * u).to(compute_dtype(grad.dtype)).unsqueeze(1))
+        # The kernel had the largest score for a target, and the target for just any class.
+        _put(grad, top, r * (a * (f / s) - u), kept)
+        _put(grad, y, r * _at_target(a, e_y / s, others / s, 1 - e + u, e - u + z_slope), owned)
+    return grad.reshape(logits_shard.shape)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -183,6 +183,8 @@ def cross_entropy(
         second backward pass, also with ``retain_graph=True``; second derivatives; `torch.compile`
         and `torch.func`; `input` as a leaf of the graph; and with a half type, the single rounding
         where the upstream gradient is not 1.  Where `input` needs no gradient nothing is written.
+        Whatever writes to that memory before the backward pass makes PyTorch raise an error there,
+        and so does another in-place loss on a part of the same tensor.
     fallback : bool
         Whether PyTorch's own function computes what the kernels cannot: tensors on other devices,
         sparse, quantized or nested ones, DTensors.  Else they are a TypeError.
@@ -440,13 +442,21 @@ def apply(inputs: Inputs, options: Options, inplace: bool = False) -> Tensor:
 def _check_inplace(inputs: Inputs, eager: bool, differentiable: bool) -> None:
     if not eager:
         raise RuntimeError("inplace=True works in eager code only")
-    if not differentiable or not inputs.scores.requires_grad:
+    scores = inputs.scores
+    if not differentiable or not scores.requires_grad:
         return
     if inputs.target.requires_grad:
         raise ValueError("inplace=True: target requires a gradient, which needs the scores")
-    whole = inputs.scores if inputs.scores._base is None else inputs.scores._base
+    whole = scores if scores._base is None else scores._base
     if whole.is_leaf and whole.requires_grad:
         raise ValueError("inplace=True: input is a leaf of the graph, and must not be overwritten")
+    if scores.is_neg():
+        raise ValueError("inplace=True: input is negated as it is read; resolve_neg() it first")
+    if _arguments.may_overlap_itself(_compute.to_array(scores)):
+        raise ValueError(
+            f"inplace=True: input of shape {tuple(scores.shape)} has strides {scores.stride()}, "
+            "by which elements may share memory; clone it first"
+        )
 
 
 def check_float(scores: Tensor, name: str = "input") -> None:
