@@ -39,17 +39,6 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture
-def group():
-    """The group of this process alone."""
-    dist = torch.distributed
-    if not dist.is_available():
-        pytest.skip("this PyTorch has no torch.distributed")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def rows_of(shape):
     dim = min(1, len(shape) - 1)
     return shape[:dim] + shape[dim + 1 :]
@@ -568,19 +557,6 @@ def test_nan_in_a_row_that_does_not_count(compiled, generator):
             again = torch.autograd.grad(total, leaves, materialize_grads=True)
             found.append([*once, *again])
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_batched_gradients_of_divided_classes(group, generator, reduction):
-    scores, target, _ = problem(generator, (6, 5), torch.float64, "indices")
-    target[2] = -100
-    leaf = scores.requires_grad_()
-    options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.2}
-    loss = ft.vocab_parallel_cross_entropy(leaf, target, 0, **options)
-    batch = torch.randn((3, *loss.shape), generator=generator, dtype=torch.float64)
-    (found,) = torch.autograd.grad(loss, leaf, batch, is_grads_batched=True, retain_graph=True)
-    for grad, u in zip(found, batch, strict=True):
-        assert_close(grad, torch.autograd.grad(loss, leaf, u, retain_graph=True)[0])
 
 
 @every_call
