@@ -559,6 +559,19 @@ def test_nan_in_a_row_that_does_not_count(compiled, generator):
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
+def test_nan_probabilities_of_a_row_that_does_not_count():
+    """They do not show in second derivatives."""
+    found = []
+    for value in (0.0, NAN):
+        x, soft = (torch.linspace(0, 1, 30).double().reshape(6, 5).requires_grad_() for _ in "xt")
+        with torch.no_grad():
+            soft[2] = value
+        loss = ft.cross_entropy(x, soft, sample_weight=torch.tensor([1.0, 1, 0, 1, 1, 1]))
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        found.append(torch.autograd.grad(grad, (x, soft), x.detach().exp()))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 @every_call
 @pytest.mark.parametrize("upstream", [1.0, 0.5])
 def test_backward_again(compiled, call, tensors, upstream):
