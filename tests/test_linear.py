@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -247,6 +248,80 @@ def test_accumulate_adds_to_everything(backend):
         out=fl.LinearGradients(None), accumulate=True, backend=backend
     )
     np.testing.assert_array_equal(fresh.linear_weight, once.linear_weight)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("options", OPTIONS, ids="+".join)
+def test_frozen_weights(options, backend):
+    """All else is the same to the bit, the penalty in the loss, too."""
+    for dtype in DTYPES:
+        problem = Problem((300, 37, 11), dtype, options)
+        for inputs_grad in (True, False):
+            more = {"inputs_grad": inputs_grad, "backend": backend}
+            loss, gradients = problem.loss_and_gradients(**more)
+            frozen_loss, frozen = problem.loss_and_gradients(**more, linear_weight_grad=False)
+            np.testing.assert_array_equal(frozen_loss, loss)
+            assert frozen.linear_weight is None
+            for result, right in zip(frozen[1:], gradients[1:], strict=True):
+                np.testing.assert_array_equal(result, right)
+    out = fl.LinearGradients(None, inputs=np.ones_like(problem.inputs))
+    _, added = problem.loss_and_gradients(
+        inputs_grad=True, linear_weight_grad=False, out=out, accumulate=True, backend=backend
+    )
+    assert added.linear_weight is None
+    assert added.inputs is out.inputs
+    close(added.inputs - 1, problem.exact()[1][2], 1e-13)
+
+
+def test_frozen_weights_of_sparse_inputs(backend):
+    problem = Problem((50, 6, 4), np.float64, ("linear_bias", "l2"))
+    loss, gradients = problem.loss_and_gradients(backend=backend)
+    problem.inputs = need("scipy.sparse").csr_array(problem.inputs)
+    frozen_loss, frozen = problem.loss_and_gradients(linear_weight_grad=False, backend=backend)
+    assert frozen_loss == pytest.approx(loss, rel=1e-13)
+    assert (frozen.linear_weight, frozen.inputs) == (None, None)
+    close(frozen.linear_bias, gradients.linear_bias, 1e-13)
+
+
+def traced_peak(call):
+    """The most memory that a call has of NumPy at a time, and what it returns."""
+    call()
+    tracemalloc.start()
+    try:
+        return call(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_frozen_weights_cost_no_product(backend):
+    """Neither their gradient nor a part of it is anywhere in memory."""
+    problem = Problem((16, 200, 20_000), np.float32)
+    call = functools.partial(
+        problem.loss_and_gradients, inputs_grad=True, num_threads=1, backend=backend
+    )
+    part = 4 * linear._PRODUCT_ELEMENTS
+    (_, gradients), peak = traced_peak(call)
+    assert peak > gradients.linear_weight.nbytes + gradients.inputs.nbytes + part
+    (_, gradients), peak = traced_peak(functools.partial(call, linear_weight_grad=False))
+    assert gradients.inputs.nbytes < peak < gradients.inputs.nbytes + part
+
+
+def test_no_gradient_at_all(monkeypatch):
+    """The loss alone, then: kernels are not asked for a gradient of the scores."""
+    right, asked = linear._score, []
+
+    def score(plan, rows, scores, losses, with_grad):
+        asked.append(with_grad)
+        right(plan, rows, scores, losses, with_grad)
+
+    monkeypatch.setattr(linear, "_score", score)
+    problem = Problem((64, 5, 3), np.float32, ("l2",))
+    loss, gradients = problem.loss_and_gradients(linear_weight_grad=False)
+    assert loss == problem.loss()
+    assert gradients == (None, None, None)
+    problem.loss_and_gradients(linear_weight_grad=False, inputs_grad=True)
+    assert set(asked[:-1]) == {False}
+    assert asked[-1]
 
 
 def test_leading_dimensions(backend):
@@ -507,6 +582,12 @@ ERRORS = [
 GRADIENT_ERRORS = [
     ({"accumulate": "no"}, TypeError, "accumulate = 'no' is not True or False"),
     ({"inputs_grad": [True]}, TypeError, r"inputs_grad = \[True\] is not True or False"),
+    ({"linear_weight_grad": 0}, TypeError, "linear_weight_grad = 0 is not True or False"),
+    (
+        {"linear_weight_grad": False},
+        ValueError,
+        "out.linear_weight is given, but linear_weight_grad = False",
+    ),
     ({"accumulate": True, "out": None}, ValueError, "accumulate = True, but there is no out"),
     ({"out": W}, TypeError, "out is a ndarray, expected LinearGradients"),
     ({"out": OUT._replace(inputs=X)}, ValueError, "out.inputs is given, but inputs_grad = False"),
@@ -529,7 +610,7 @@ GRADIENT_ERRORS = [
 @pytest.mark.parametrize(("wrong", "error", "message"), ERRORS + GRADIENT_ERRORS)
 def test_errors(wrong, error, message, backend):
     arguments = {"inputs": X, "linear_weight": W, "target": Y, "backend": backend} | wrong
-    if not {"out", "accumulate", "inputs_grad"} & set(wrong):
+    if not {"out", "accumulate", "inputs_grad", "linear_weight_grad"} & set(wrong):
         with pytest.raises(error, match=message):
             fl.linear_cross_entropy(**arguments)
     out = wrong.get("out", OUT)
