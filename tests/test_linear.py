@@ -5,6 +5,7 @@ import ctypes
 import functools
 import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -206,6 +207,20 @@ def test_gradients_over_many_rows(options, backend):
                 close(result, array, 1e-5, scale=0.0)
 
 
+@pytest.mark.parametrize("make", [np.asarray, "csr_array"], ids=["dense", "sparse"])
+def test_reduced_losses_are_the_float64_sum_of_the_rows(make, backend):
+    problem = Problem((150, 9, 4), np.float32, ("linear_bias", "ignore_index", "sample_weight"))
+    if make == "csr_array":
+        make = need("scipy.sparse").csr_array
+    problem.inputs = make(problem.inputs)
+    total = math.fsum(problem.loss(reduction="none", backend=backend))
+    weights = math.fsum(problem.options["sample_weight"][problem.target != IGNORED])
+    for reduction, right in (("sum", total), ("mean", total / weights)):
+        for call in (problem.loss, lambda **how: problem.loss_and_gradients(**how)[0]):
+            loss = call(reduction=reduction, backend=backend)
+            assert loss == pytest.approx(right, rel=1e-14, abs=0)
+
+
 def test_accumulation_is_one_large_batch(backend):
     problem = Problem((600, 20, 7), np.float32, ("linear_bias", "ignore_index", "sample_weight"))
     used = problem.target != IGNORED
@@ -399,17 +414,21 @@ def test_rows_that_count_for_nothing_may_hold_anything(backend):
     assert not losses[idle].any()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_class_weights_of_zero(smoothing, backend):
-    """With smoothing a row counts for its other classes, unless these have no weight either."""
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
+def test_class_weights_of_zero(smoothing, z_loss, backend):
+    """With smoothing a row counts for its other classes, unless these have no weight either; with
+    z_loss for all of them."""
     x, w = np.float64([[1, 2], [np.nan, 1]]), np.float64([[1, 0], [0, 1], [1, 1]])
-    options = {"reduction": "sum", "label_smoothing": smoothing, "backend": backend}
-    call = functools.partial(fl.linear_cross_entropy_with_grad, x, w, [0, 1], **options)
-    loss, gradients = call(weight=np.zeros(3))
-    assert loss == 0.0
-    assert not gradients.linear_weight.any()
-    loss, gradients = call(weight=[1.0, 0.0, 1.0])
-    assert np.isnan(loss) == np.isnan(gradients.linear_weight).any() == bool(smoothing)
+    options = {"reduction": "sum", "label_smoothing": smoothing, "z_loss": z_loss}
+    call = functools.partial(
+        fl.linear_cross_entropy_with_grad, x, w, [0, 1], backend=backend, **options
+    )
+    for weight, counts in ((np.zeros(3), z_loss), ([1.0, 0.0, 1.0], smoothing or z_loss)):
+        loss, gradients = call(weight=weight)
+        assert np.isnan(loss) == np.isnan(gradients.linear_weight).any() == bool(counts)
+        if not np.any(weight) and not counts:
+            assert loss == 0.0
+            assert not gradients.linear_weight.any()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint64", "int16", ">i4"])
@@ -443,6 +462,26 @@ def test_arrays_with_gaps_and_arguments_are_added_to_and_written(backend):
     problem.loss_and_gradients(inputs_grad=True, out=own, backend=backend)
     for array, gradient in zip(own, right, strict=True):
         np.testing.assert_array_equal(array, gradient)
+
+
+@pytest.mark.parametrize(
+    "name", ["inputs", "linear_weight", "linear_bias", "target", "weight", "sample_weight"]
+)
+@pytest.mark.parametrize("rows", [5, 50])  # with few of them the bias is no column of a copy
+def test_gradients_may_go_over_any_argument(name, rows, backend):
+    problem = Problem((rows, 6, 4), np.float64, ("linear_bias", "weight", "sample_weight"))
+    _, right = problem.loss_and_gradients(backend=backend)
+    names = ("inputs", "linear_weight", "target")
+    arguments = dict(zip(names, problem.arguments, strict=True)) | problem.options
+    array = arguments[name]
+    memory = np.zeros(1600, np.uint8)
+    arguments[name] = memory[: array.nbytes].view(array.dtype).reshape(array.shape)
+    arguments[name][...] = array
+    out = fl.LinearGradients(memory[:192].view(np.float64).reshape(6, 4))
+    _, gradients = fl.linear_cross_entropy_with_grad(**arguments, out=out, backend=backend)
+    assert gradients.linear_weight is out.linear_weight
+    for result, expected in zip(gradients[:2], right[:2], strict=True):
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_gradients_may_go_over_sparse_inputs(backend):
