@@ -5,11 +5,13 @@ import ctypes
 import functools
 import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -205,6 +207,20 @@ def test_gradients_over_many_rows(options, backend):
                 close(result, array, 1e-5, scale=0.0)
 
 
+@pytest.mark.parametrize("make", [np.asarray, "csr_array"], ids=["dense", "sparse"])
+def test_reduced_losses_are_the_float64_sum_of_the_rows(make, backend):
+    problem = Problem((150, 9, 4), np.float32, ("linear_bias", "ignore_index", "sample_weight"))
+    if make == "csr_array":
+        make = need("scipy.sparse").csr_array
+    problem.inputs = make(problem.inputs)
+    total = math.fsum(problem.loss(reduction="none", backend=backend))
+    weights = math.fsum(problem.options["sample_weight"][problem.target != IGNORED])
+    for reduction, right in (("sum", total), ("mean", total / weights)):
+        for call in (problem.loss, lambda **how: problem.loss_and_gradients(**how)[0]):
+            loss = call(reduction=reduction, backend=backend)
+            assert loss == pytest.approx(right, rel=1e-14, abs=0)
+
+
 def test_accumulation_is_one_large_batch(backend):
     problem = Problem((600, 20, 7), np.float32, ("linear_bias", "ignore_index", "sample_weight"))
     used = problem.target != IGNORED
@@ -247,6 +263,80 @@ def test_accumulate_adds_to_everything(backend):
         out=fl.LinearGradients(None), accumulate=True, backend=backend
     )
     np.testing.assert_array_equal(fresh.linear_weight, once.linear_weight)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("options", OPTIONS, ids="+".join)
+def test_frozen_weights(options, backend):
+    """All else is the same to the bit, the penalty in the loss, too."""
+    for dtype in DTYPES:
+        problem = Problem((300, 37, 11), dtype, options)
+        for inputs_grad in (True, False):
+            more = {"inputs_grad": inputs_grad, "backend": backend}
+            loss, gradients = problem.loss_and_gradients(**more)
+            frozen_loss, frozen = problem.loss_and_gradients(**more, linear_weight_grad=False)
+            np.testing.assert_array_equal(frozen_loss, loss)
+            assert frozen.linear_weight is None
+            for result, right in zip(frozen[1:], gradients[1:], strict=True):
+                np.testing.assert_array_equal(result, right)
+    out = fl.LinearGradients(None, inputs=np.ones_like(problem.inputs))
+    _, added = problem.loss_and_gradients(
+        inputs_grad=True, linear_weight_grad=False, out=out, accumulate=True, backend=backend
+    )
+    assert added.linear_weight is None
+    assert added.inputs is out.inputs
+    close(added.inputs - 1, problem.exact()[1][2], 1e-13)
+
+
+def test_frozen_weights_of_sparse_inputs(backend):
+    problem = Problem((50, 6, 4), np.float64, ("linear_bias", "l2"))
+    loss, gradients = problem.loss_and_gradients(backend=backend)
+    problem.inputs = need("scipy.sparse").csr_array(problem.inputs)
+    frozen_loss, frozen = problem.loss_and_gradients(linear_weight_grad=False, backend=backend)
+    assert frozen_loss == pytest.approx(loss, rel=1e-13)
+    assert (frozen.linear_weight, frozen.inputs) == (None, None)
+    close(frozen.linear_bias, gradients.linear_bias, 1e-13)
+
+
+def traced_peak(call):
+    """The most memory that a call has of NumPy at a time, and what it returns."""
+    call()
+    tracemalloc.start()
+    try:
+        return call(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_frozen_weights_cost_no_product(backend):
+    """Neither their gradient nor a part of it is anywhere in memory."""
+    problem = Problem((16, 200, 20_000), np.float32)
+    call = functools.partial(
+        problem.loss_and_gradients, inputs_grad=True, num_threads=1, backend=backend
+    )
+    part = 4 * linear._PRODUCT_ELEMENTS
+    (_, gradients), peak = traced_peak(call)
+    assert peak > gradients.linear_weight.nbytes + gradients.inputs.nbytes + part
+    (_, gradients), peak = traced_peak(functools.partial(call, linear_weight_grad=False))
+    assert gradients.inputs.nbytes < peak < gradients.inputs.nbytes + part
+
+
+def test_no_gradient_at_all(monkeypatch):
+    """The loss alone, then: kernels are not asked for a gradient of the scores."""
+    right, asked = linear._score, []
+
+    def score(plan, rows, scores, losses, with_grad):
+        asked.append(with_grad)
+        right(plan, rows, scores, losses, with_grad)
+
+    monkeypatch.setattr(linear, "_score", score)
+    problem = Problem((64, 5, 3), np.float32, ("l2",))
+    loss, gradients = problem.loss_and_gradients(linear_weight_grad=False)
+    assert loss == problem.loss()
+    assert gradients == (None, None, None)
+    problem.loss_and_gradients(linear_weight_grad=False, inputs_grad=True)
+    assert set(asked[:-1]) == {False}
+    assert asked[-1]
 
 
 def test_leading_dimensions(backend):
@@ -324,17 +414,21 @@ def test_rows_that_count_for_nothing_may_hold_anything(backend):
     assert not losses[idle].any()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_class_weights_of_zero(smoothing, backend):
-    """With smoothing a row counts for its other classes, unless these have no weight either."""
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
+def test_class_weights_of_zero(smoothing, z_loss, backend):
+    """With smoothing a row counts for its other classes, unless these have no weight either; with
+    z_loss for all of them."""
     x, w = np.float64([[1, 2], [np.nan, 1]]), np.float64([[1, 0], [0, 1], [1, 1]])
-    options = {"reduction": "sum", "label_smoothing": smoothing, "backend": backend}
-    call = functools.partial(fl.linear_cross_entropy_with_grad, x, w, [0, 1], **options)
-    loss, gradients = call(weight=np.zeros(3))
-    assert loss == 0.0
-    assert not gradients.linear_weight.any()
-    loss, gradients = call(weight=[1.0, 0.0, 1.0])
-    assert np.isnan(loss) == np.isnan(gradients.linear_weight).any() == bool(smoothing)
+    options = {"reduction": "sum", "label_smoothing": smoothing, "z_loss": z_loss}
+    call = functools.partial(
+        fl.linear_cross_entropy_with_grad, x, w, [0, 1], backend=backend, **options
+    )
+    for weight, counts in ((np.zeros(3), z_loss), ([1.0, 0.0, 1.0], smoothing or z_loss)):
+        loss, gradients = call(weight=weight)
+        assert np.isnan(loss) == np.isnan(gradients.linear_weight).any() == bool(counts)
+        if not np.any(weight) and not counts:
+            assert loss == 0.0
+            assert not gradients.linear_weight.any()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint64", "int16", ">i4"])
@@ -368,6 +462,26 @@ def test_arrays_with_gaps_and_arguments_are_added_to_and_written(backend):
     problem.loss_and_gradients(inputs_grad=True, out=own, backend=backend)
     for array, gradient in zip(own, right, strict=True):
         np.testing.assert_array_equal(array, gradient)
+
+
+@pytest.mark.parametrize(
+    "name", ["inputs", "linear_weight", "linear_bias", "target", "weight", "sample_weight"]
+)
+@pytest.mark.parametrize("rows", [5, 50])  # with few of them the bias is no column of a copy
+def test_gradients_may_go_over_any_argument(name, rows, backend):
+    problem = Problem((rows, 6, 4), np.float64, ("linear_bias", "weight", "sample_weight"))
+    _, right = problem.loss_and_gradients(backend=backend)
+    names = ("inputs", "linear_weight", "target")
+    arguments = dict(zip(names, problem.arguments, strict=True)) | problem.options
+    array = arguments[name]
+    memory = np.zeros(1600, np.uint8)
+    arguments[name] = memory[: array.nbytes].view(array.dtype).reshape(array.shape)
+    arguments[name][...] = array
+    out = fl.LinearGradients(memory[:192].view(np.float64).reshape(6, 4))
+    _, gradients = fl.linear_cross_entropy_with_grad(**arguments, out=out, backend=backend)
+    assert gradients.linear_weight is out.linear_weight
+    for result, expected in zip(gradients[:2], right[:2], strict=True):
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_gradients_may_go_over_sparse_inputs(backend):
@@ -507,6 +621,12 @@ ERRORS = [
 GRADIENT_ERRORS = [
     ({"accumulate": "no"}, TypeError, "accumulate = 'no' is not True or False"),
     ({"inputs_grad": [True]}, TypeError, r"inputs_grad = \[True\] is not True or False"),
+    ({"linear_weight_grad": 0}, TypeError, "linear_weight_grad = 0 is not True or False"),
+    (
+        {"linear_weight_grad": False},
+        ValueError,
+        "out.linear_weight is given, but linear_weight_grad = False",
+    ),
     ({"accumulate": True, "out": None}, ValueError, "accumulate = True, but there is no out"),
     ({"out": W}, TypeError, "out is a ndarray, expected LinearGradients"),
     ({"out": OUT._replace(inputs=X)}, ValueError, "out.inputs is given, but inputs_grad = False"),
@@ -529,7 +649,7 @@ GRADIENT_ERRORS = [
 @pytest.mark.parametrize(("wrong", "error", "message"), ERRORS + GRADIENT_ERRORS)
 def test_errors(wrong, error, message, backend):
     arguments = {"inputs": X, "linear_weight": W, "target": Y, "backend": backend} | wrong
-    if not {"out", "accumulate", "inputs_grad"} & set(wrong):
+    if not {"out", "accumulate", "inputs_grad", "linear_weight_grad"} & set(wrong):
         with pytest.raises(error, match=message):
             fl.linear_cross_entropy(**arguments)
     out = wrong.get("out", OUT)

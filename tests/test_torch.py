@@ -15,6 +15,10 @@ from conftest import need
 import fastloss as fl
 
 torch = need("torch")
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+from torch._functorch.aot_autograd import make_boxed_func  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
 import fastloss.torch as ft  # noqa: E402
 from fastloss.torch import _compute  # noqa: E402
 
@@ -642,6 +646,80 @@ def test_only_the_gradients_that_are_needed(generator):
             ft.cross_entropy(scores, target, **{argument: w})
         with torch.no_grad():
             ft.cross_entropy(scores, target, **{argument: w})
+
+
+NEEDED = [needed for needed in itertools.product((False, True), repeat=3) if any(needed)]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_frozen_layers(compiled, monkeypatch, reduction):
+    """No gradient is computed that none asks for, and the others are the same to the bit."""
+    right, found = fl.linear_cross_entropy_with_grad, []
+
+    def watched(*arguments, **options):
+        loss, gradients = right(*arguments, **options)
+        found.append((gradients.inputs is not None, gradients.linear_weight is not None))
+        return loss, gradients
+
+    monkeypatch.setattr(fl, "linear_cross_entropy_with_grad", watched)
+    name = f"linear_cross_entropy {reduction}"
+    call, tensors = next(c[1:] for c in CALLS if c[0] == name)
+    rows = torch.linspace(-2, 3, ROWS).double() if reduction == "none" else torch.tensor(0.7)
+    products = 2 * ROWS * CLASSES * 3
+    for upstream in (rows, torch.ones_like(rows)):
+        every = torch.autograd.grad(call(*(leaves := leaves_of(tensors))), leaves, upstream)
+        for needed in NEEDED:
+            leaves = [t.clone().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            found.clear()
+            grads = torch.autograd.grad(call(*leaves), wanted, upstream)
+            assert set(found) == {needed[:2]}
+            expected = list(itertools.compress(every, needed))
+            assert all(map(torch.equal, grads, expected))
+            loss = call(*leaves)
+            with FlopCounterMode(display=False) as counter:
+                grads = torch.autograd.grad(loss, wanted, upstream, create_graph=True)
+            assert counter.get_total_flops() == products * (1 + sum(needed[:2]))
+            for grad, once in zip(grads, expected, strict=True):
+                torch.testing.assert_close(grad, once, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("needed", [(False, True), (True, False), (True, True)], ids=str)
+def test_frozen_layers_compiled(needed):
+    """The graphs have no product that none asks for."""
+    products = []
+
+    def count(graph, inputs):
+        every = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+        products.append(len(every))
+        return make_boxed_func(graph.forward)
+
+    generator = torch.Generator().manual_seed(0)
+    x, w = (
+        torch.randn(shape, generator=generator).requires_grad_(need)
+        for shape, need in zip([(6, 3), (5, 3)], needed, strict=True)
+    )
+    target = torch.arange(6) % 5
+    call = torch.compile(
+        lambda: ft.linear_cross_entropy(x, w, target, l2=0.1), fullgraph=True,
+        backend=aot_autograd(fw_compiler=count, bw_compiler=count),
+    )  # fmt: skip
+    call().backward()
+    assert products == [1, sum(needed)]
+    for leaf, needs_it in zip((x, w), needed, strict=True):
+        assert (leaf.grad is not None) == needs_it
+
+
+@every_call
+def test_create_graph_changes_no_gradient(compiled, call, tensors):
+    """It is made of other operations then: those that the second derivatives are of."""
+    leaves = leaves_of(tensors)
+    result = call(*leaves)
+    u = torch.linspace(-2.5, 1, result.numel(), dtype=torch.float64).reshape(result.shape)
+    once = torch.autograd.grad(result, leaves, u, retain_graph=True)
+    again = torch.autograd.grad(result, leaves, u, create_graph=True)
+    for grad, expected in zip(again, once, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_scores_changed_after_the_call(generator):

@@ -522,6 +522,7 @@ def _scores(shape: tuple[int, ...], num_classes: int, dtype: np.dtype) -> Logits
 def linear_outputs(
     out: Any,
     layer: Linear,
+    weight_grad: bool,
     inputs_grad: bool,
     accumulate: bool,
     inputs: tuple[np.ndarray | None, ...],
@@ -540,7 +541,7 @@ def linear_outputs(
     read = (*inputs, layer.weight, layer.bias, *entries)
     shape = layer.weight.shape
     parts = (
-        ("out.linear_weight", shape, shape, None),
+        ("out.linear_weight", shape, shape, not weight_grad and "linear_weight_grad = False"),
         ("out.linear_bias", shape[:1], shape[:1], layer.bias is None and "there is no linear_bias"),
         (
             "out.inputs",

@@ -347,7 +347,8 @@ def linear_cross_entropy(
     Notes
     -----
     During the call NumPy's BLAS is held to one thread, for the whole process; chunks of rows are
-    shared out among as many threads as PyTorch has.
+    shared out among as many threads as PyTorch has.  Where `input` or `linear_weight` needs no
+    gradient, as that of a frozen layer, none is computed.
 
     Examples
     --------
