@@ -179,6 +179,22 @@ print(_cython.openmp_max_threads())
     assert python(code, OMP_NUM_THREADS="5", **environment) == "5"
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("first", ["torch", "fastloss._cython"])
+def test_pytorch_keeps_its_own_thread_count(python, first, threads):
+    """Imported first it brings an OpenMP of its own, beside the system's; last, it has that one."""
+    need("torch")
+    code = f"""
+import {first}
+import calls, torch
+torch.set_num_threads({threads})
+calls.bits("softmax", "numba", 2)
+print(torch.get_num_threads())
+"""
+    environment = {"NUMBA_THREADING_LAYER": "omp", "NUMBA_NUM_THREADS": "4"}
+    assert python(code, **environment) == str(threads)
+
+
 # ---------------------------------------------------------------------------------------------
 # How many threads
 # ---------------------------------------------------------------------------------------------

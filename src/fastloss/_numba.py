@@ -2568,18 +2568,24 @@ def _start_layer():
 
 @contextlib.contextmanager
 def _openmp_left_alone():
-    """Numba's OpenMP layer, when it starts, sets these for everybody who uses that OpenMP."""
-    try:
+    """Numba's OpenMP layer, when it starts, sets these for everybody who uses that OpenMP.
+
+    There may be two of them in the process, such as PyTorch's and the system's.  The layer calls
+    the one that the whole process sees, or else its own: whichever it is, both are as they were.
+    """
+    before = []
+    with contextlib.suppress(ImportError):  # no OpenMP on this system
         from numba.np.ufunc import omppool
 
-        openmp = ctypes.CDLL(omppool.__file__)
-        threads, levels = openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()
-    except (ImportError, OSError, AttributeError):  # no OpenMP on this system
-        yield
-        return
+        for path in (None, omppool.__file__):
+            with contextlib.suppress(OSError, AttributeError):
+                openmp = ctypes.CDLL(path)
+                threads, levels = openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()
+                before.append((openmp, threads, levels))
     yield
-    openmp.omp_set_num_threads(threads)
-    openmp.omp_set_max_active_levels(levels)
+    for openmp, threads, levels in before:
+        openmp.omp_set_num_threads(threads)
+        openmp.omp_set_max_active_levels(levels)
 
 
 def most_threads():
