@@ -45,6 +45,9 @@ from numba.np.arrayobj import populate_array
 
 from fastloss import _threads
 
+if numba.config.DISABLE_JIT:
+    raise ImportError("Numba compiles nothing, by NUMBA_DISABLE_JIT", name=__name__)
+
 LANES = 64  # samples in a tile
 CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
 BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
@@ -2619,12 +2622,20 @@ def warmup():
 
 def describe():
     """What show_config says of this backend."""
-    try:
-        layer = numba.threading_layer()
-    except ValueError:
-        layer = "not started"
     return {
         "numba": numba.__version__,
-        "numba threading layer": layer,
+        "numba threading layer": _describe_layer(),
         "numba threads": str(numba.config.NUMBA_NUM_THREADS),
     }
+
+
+def _describe_layer():
+    """The layer that calls run on, started to find out, and what to beware of there."""
+    try:
+        _start_layer()
+        layer = numba.threading_layer()
+    except ValueError as error:  # the one that was asked for is not here, or threads are refused
+        return f"none: {error}".splitlines()[0]
+    if layer == "workqueue":
+        layer += " (a parallel function of your own beside a call of ours ends the process)"
+    return layer
