@@ -103,7 +103,7 @@ def cross_entropy_with_grad(
     z_loss=0.0, reduction="mean", normalizer=None,
 ):  # fmt: skip
     num_classes = logits.shape[1]
-    s, t, divisor = _shares(target, num_classes, weight, sample_weight, ignore_index)
+    s, t, divisor = shares(target, num_classes, weight, sample_weight, ignore_index)
     t = (1 - LONG(label_smoothing)) * t + LONG(label_smoothing) / num_classes
     wt = t if weight is None else t * weight.astype(LONG)
     rows = Rows(np.where(s[:, None] == 0, 0, logits))
@@ -139,13 +139,13 @@ def nll_loss_with_grad(
     log_probs, target, *, weight=None, sample_weight=None, ignore_index=-100, reduction="mean",
     normalizer=None,
 ):  # fmt: skip
-    s, t, divisor = _shares(target, log_probs.shape[1], weight, sample_weight, ignore_index)
+    s, t, divisor = shares(target, log_probs.shape[1], weight, sample_weight, ignore_index)
     wt = s[:, None] * (t if weight is None else t * weight.astype(LONG))
     loss = -np.where(wt == 0, 0, wt * log_probs.astype(LONG)).sum(axis=1)
     return _reduce(loss, np.abs(loss), -wt, wt, divisor, reduction, normalizer)
 
 
-def _shares(target, num_classes, weight, sample_weight, ignore_index):
+def shares(target, num_classes, weight, sample_weight, ignore_index):
     """The weight of each row, its distribution over classes, and the divisor of the mean."""
     s = np.ones(len(target), LONG) if sample_weight is None else sample_weight.astype(LONG)
     if target.dtype.kind not in "iu":

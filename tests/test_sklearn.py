@@ -1,10 +1,10 @@
 """The classifier: scikit-learn's own checks, LogisticRegression's optimum, and gradient descent."""
 
 import contextlib
+import importlib
 import json
 import pickle
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -589,24 +589,22 @@ def test_not_fitted():
         SoftmaxClassifier().predict(X)
 
 
-def test_benchmark(tmp_path):
-    """bench/classifier.py on small problems: a table between the markers, and it stays one."""
-    root = Path(__file__).parents[1]
+def test_benchmark(tmp_path, monkeypatch):
+    """bench/classifier.py on tiny problems: a table between the markers, and it stays one."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    benchmark = importlib.import_module("classifier")
+    tiny = {"100 classes": (200, 5, 10), "1000 classes": (200, 5, 20)}
+    monkeypatch.setattr(benchmark, "QUICK", tiny)
     readme, figures = tmp_path / "README.md", tmp_path / "classifier.json"
     readme.write_text("before\n<!-- classifier:begin -->\n<!-- classifier:end -->\nafter\n")
-    for problem in ("digits", "100 classes"):
-        subprocess.run(
-            [
-                sys.executable, root / "bench" / "classifier.py", "--quick", "--problem", problem,
-                "--json", figures, "--readme", readme,
-            ],
-            check=True, capture_output=True,
-        )  # fmt: skip
+    for problem in reversed(tiny):
+        files = ["--json", str(figures), "--readme", str(readme)]
+        benchmark.main(["--quick", "--problem", problem, *files])
     text = readme.read_text()
-    assert text.startswith("before\n<!-- classifier:begin -->\n**digits**: 1,797 samples, 64")
+    assert text.startswith("before\n<!-- classifier:begin -->\n**100 classes**: 200 samples, 5 ")
     assert text.endswith("|\n<!-- classifier:end -->\nafter\n")
     results = json.loads(figures.read_text())
-    assert list(results) == ["digits", "100 classes"]
+    assert list(results) == list(tiny)
     for result in results.values():
         assert len(result["fits"]) == 4
         for fit in result["fits"]:

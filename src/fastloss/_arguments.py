@@ -111,8 +111,7 @@ def logits(value: ArrayLike, axis: Any, name: str = "logits") -> Logits:
 
 def _memory_order(array: np.ndarray) -> tuple[int, ...] | None:
     """The order of axes in which `array` is C-contiguous, or None if there is none."""
-    # Axes of length 1 may have any stride: they go first, where they cannot be in the way.
-    order = sorted(range(array.ndim), key=lambda a: (array.shape[a] != 1, -array.strides[a]))
+    order = sorted(range(array.ndim), key=lambda a: -array.strides[a])
     return tuple(order) if array.transpose(order).flags.c_contiguous else None
 
 
@@ -131,15 +130,21 @@ def like_logits(value: ArrayLike, like: Logits, name: str, like_name: str) -> np
 
 
 def float_array(value: ArrayLike, name: str) -> np.ndarray:
-    """A plain, aligned, native array of one of the four float types."""
+    """A plain, aligned, native array of one of the four float types; integers are float64."""
     array = _plain_array(value, name)
-    if array is not value and array.dtype.kind in "iu" and not hasattr(value, "dtype"):
-        return array.astype(_FLOAT64)  # Python numbers: [5, 4, 2] means [5.0, 4.0, 2.0]
     dtype = array.dtype
     # The two common types first: a dtype's name takes a microsecond to make up.
     if dtype is not _FLOAT32 and dtype is not _FLOAT64 and dtype.name not in _FLOAT_NAMES:
-        raise TypeError(f"{name} has dtype {dtype}; expected one of {', '.join(_FLOAT_NAMES)}")
+        if dtype.kind in "iu":
+            return array.astype(_FLOAT64)
+        # Truth values are masks, passed by mistake: SciPy has no softmax of them either.
+        raise _wrong_dtype(value, array, name, f"integers or {', '.join(_FLOAT_NAMES)}")
     return _behaved(array)
+
+
+def _wrong_dtype(value: Any, array: np.ndarray, name: str, expected: str) -> TypeError:
+    hint = "; a data frame has .to_numpy(dtype=...)" if hasattr(value, "to_numpy") else ""
+    return TypeError(f"{name} has dtype {array.dtype}; expected {expected}{hint}")
 
 
 def _plain_array(value: ArrayLike, name: str) -> np.ndarray:
@@ -178,10 +183,8 @@ def target(value: ArrayLike, x: Logits, rows: Rows, probabilities: bool) -> np.n
     if array.size == 0 and array.shape == rows.shape and not hasattr(value, "dtype"):
         return np.empty(rows.normal_shape, np.int64)  # [] has no dtype to speak of
     if kind != "f" and array.dtype.name != "bfloat16":
-        raise TypeError(
-            f"target has dtype {array.dtype}; "
-            f"expected integers{' or probabilities' * probabilities}"
-        )
+        expected = "integers" + " or probabilities" * probabilities
+        raise _wrong_dtype(value, array, "target", expected)
     if not probabilities:
         raise TypeError(f"target has dtype {array.dtype}; expected integers, the class indices")
     if array.shape != x.array.shape:
@@ -224,7 +227,7 @@ def sample_weight(value: ArrayLike | None, rows: Rows) -> np.ndarray | None:
 def _weights(value: ArrayLike, shape: tuple[int, ...], name: str, reason: str) -> np.ndarray:
     array = _plain_array(value, name)
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers")
+        raise _wrong_dtype(value, array, name, "real numbers")
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape} {reason}")
     array = _behaved(array).astype(_FLOAT64, copy=False)
@@ -489,7 +492,7 @@ def _csr(value: Any) -> Any:
             _check_entries(rows)
     except ValueError as error:
         raise ValueError(f"inputs is not a valid sparse matrix: {error}") from None
-    return rows
+    return rows.astype(_FLOAT64) if rows.dtype.kind in "iu" else rows
 
 
 def _check_entries(matrix: Any) -> None:

@@ -45,6 +45,9 @@ from numba.np.arrayobj import populate_array
 
 from fastloss import _threads
 
+if numba.config.DISABLE_JIT:
+    raise ImportError("Numba compiles nothing, by NUMBA_DISABLE_JIT", name=__name__)
+
 LANES = 64  # samples in a tile
 CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
 BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
@@ -2568,18 +2571,24 @@ def _start_layer():
 
 @contextlib.contextmanager
 def _openmp_left_alone():
-    """Numba's OpenMP layer, when it starts, sets these for everybody who uses that OpenMP."""
-    try:
+    """Numba's OpenMP layer, when it starts, sets these for everybody who uses that OpenMP.
+
+    There may be two of them in the process, such as PyTorch's and the system's.  The layer calls
+    the one that the whole process sees, or else its own: whichever it is, both are as they were.
+    """
+    before = []
+    with contextlib.suppress(ImportError):  # no OpenMP on this system
         from numba.np.ufunc import omppool
 
-        openmp = ctypes.CDLL(omppool.__file__)
-        threads, levels = openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()
-    except (ImportError, OSError, AttributeError):  # no OpenMP on this system
-        yield
-        return
+        for path in (None, omppool.__file__):
+            with contextlib.suppress(OSError, AttributeError):
+                openmp = ctypes.CDLL(path)
+                threads, levels = openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()
+                before.append((openmp, threads, levels))
     yield
-    openmp.omp_set_num_threads(threads)
-    openmp.omp_set_max_active_levels(levels)
+    for openmp, threads, levels in before:
+        openmp.omp_set_num_threads(threads)
+        openmp.omp_set_max_active_levels(levels)
 
 
 def most_threads():
@@ -2613,12 +2622,20 @@ def warmup():
 
 def describe():
     """What show_config says of this backend."""
-    try:
-        layer = numba.threading_layer()
-    except ValueError:
-        layer = "not started"
     return {
         "numba": numba.__version__,
-        "numba threading layer": layer,
+        "numba threading layer": _describe_layer(),
         "numba threads": str(numba.config.NUMBA_NUM_THREADS),
     }
+
+
+def _describe_layer():
+    """The layer that calls run on, started to find out, and what to beware of there."""
+    try:
+        _start_layer()
+        layer = numba.threading_layer()
+    except ValueError as error:  # the one that was asked for is not here, or threads are refused
+        return f"none: {error}".splitlines()[0]
+    if layer == "workqueue":
+        layer += " (a parallel function of your own beside a call of ours ends the process)"
+    return layer

@@ -27,7 +27,7 @@ def softmax(
     Parameters
     ----------
     logits : array_like of float32, float64, float16 or bfloat16, shape (..., C, ...)
-        The scores x, with the classes along `axis`.
+        The scores x, with the classes along `axis`.  Integers are taken as float64.
     axis : int
         The class axis.
     out : ndarray, optional
@@ -391,10 +391,12 @@ def cross_entropy(
     Parameters
     ----------
     logits : array_like of float32, float64, float16 or bfloat16, shape (..., C, ...)
-        The scores x, with the classes along `axis`.  Half types are computed in float32.
+        The scores x, with the classes along `axis`.  Half types are computed in float32, integers
+        are taken as float64.
     target : array_like
         Class indices of any integer dtype, shaped like `logits` without `axis`; or probabilities
-        of any float dtype, shaped like `logits`.
+        of any float dtype, shaped like `logits`.  These are taken as they are: nothing checks that
+        none is negative and that they sum to 1.
     weight : array_like, shape (C,), optional
         A weight per class, finite and at least 0.
     sample_weight : array_like, shape of `logits` without `axis`, optional

@@ -87,13 +87,13 @@ def linear_cross_entropy(
     Parameters
     ----------
     inputs : array_like of float32 or float64, shape (..., D), or sparse (N, D)
-        The features X, a row per sample.  Sparse matrices and arrays of SciPy are taken in the
-        CSR format and converted to it from the others.
+        The features X, a row per sample.  Integers are taken as float64, sparse matrices and arrays
+        of SciPy in the CSR format; from the others they are converted to it.
     linear_weight : array_like, shape (C, D), dtype of `inputs`
         The weights W, a row per class.
     target : array_like
         Class indices of any integer dtype, shaped like `inputs` without its last axis; or
-        probabilities of any float dtype, shape (..., C).
+        probabilities of any float dtype, shape (..., C), taken as they are.
     linear_bias : array_like, shape (C,), dtype of `inputs`, optional
         The bias b.
     l2 : float

@@ -157,7 +157,8 @@ def cross_entropy(
         The scores x.  Half types are computed in float32.
     target : Tensor
         Class indices of any integer dtype, shaped like `input` without the class dimension; or
-        probabilities of any float dtype, shaped like `input`.
+        probabilities of any float dtype, shaped like `input`.  These are taken as they are, as by
+        PyTorch: nothing checks that none is negative and that they sum to 1.
     weight : Tensor, shape (C), optional
         A weight per class, finite and at least 0.
     size_average, reduce : None
