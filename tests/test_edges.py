@@ -200,6 +200,46 @@ def test_edge_of_softmax(name, place, inner, backend):
     np.testing.assert_allclose(result[NEIGHBOURS], lse, rtol=1e-6)
 
 
+OF_NO_ACCOUNT = {
+    "ignored": (fl.cross_entropy_with_grad, "target"),
+    "no sample weight": (fl.cross_entropy_with_grad, "sample_weight"),
+    "no sample weight, soft": (fl.cross_entropy_with_grad, "soft"),
+    "ignored in nll": (fl.nll_loss_with_grad, "target"),
+    "no sample weight in nll": (fl.nll_loss_with_grad, "sample_weight"),
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(90, 3), (9, 400), (2, 3, 45), (2, 400, 5)], ids=str)
+@pytest.mark.parametrize("name", OF_NO_ACCOUNT)
+def test_rows_of_no_account_among_others(name, shape, smoothing, backend):
+    """The gradient of such a row is +0, and never -0, whatever the row and its targets hold."""
+    function, by = OF_NO_ACCOUNT[name]
+    rng = np.random.default_rng(0)
+    x = -rng.random(shape, np.float32)
+    rows = (*shape[:1], *shape[2:])
+    dead = np.arange(np.prod(rows)).reshape(rows) % 3 > 0
+    unlike = np.arange(np.prod(rows)).reshape(rows) % 3 == 2
+    by_row = np.moveaxis(x, 1, -1)
+    by_row[unlike] = rng.choice([NAN, INF, -INF, -HUGE], by_row[unlike].shape)
+    options = {"axis": 1, "backend": backend, "weight": rng.random(shape[1]) + 0.5}
+    if function is fl.cross_entropy_with_grad:
+        options["label_smoothing"] = smoothing
+    target = rng.integers(0, shape[1], rows)
+    if by == "target":
+        target[dead] = -100
+    else:
+        options["sample_weight"] = np.where(dead, 0.0, 2.0)
+    if by == "soft":
+        target = rng.random(shape, np.float32)
+        np.moveaxis(target, 1, -1)[unlike] = NAN
+    loss, grad = function(x, target, **options)
+    assert np.isfinite(loss)
+    grad = np.ascontiguousarray(np.moveaxis(grad, 1, -1))
+    assert (grad[dead].view(np.int32) == 0).all()
+    assert grad[~dead].any(axis=-1).all()
+
+
 # ---------------------------------------------------------------------------------------------
 # Nothing to average
 # ---------------------------------------------------------------------------------------------

@@ -322,6 +322,16 @@ def test_bad_target_among_many(place, backend):
     assert (x == 5).all()
 
 
+@pytest.mark.parametrize("ignored", [-100, 10])
+@pytest.mark.parametrize("place", [1, 70, 5000])
+def test_an_ignored_target_is_no_bad_one(place, ignored, backend):
+    """It is out of range, too, and stands before the one that the error is about."""
+    target = np.full(6000, ignored)
+    target[place] = 99
+    with pytest.raises(IndexError, match=rf"^target\[{place}\] = 99 is out of range"):
+        fl.nll_loss(np.zeros((len(target), 3)), target, ignore_index=ignored, backend=backend)
+
+
 class Fickle:
     """Indices that are others each time one looks."""
 

@@ -1797,7 +1797,7 @@ cdef void softmax_tile(
 
 
 cdef double cross_entropy_tile(
-    const Job* job, Operation operation, Py_ssize_t first, real* tile, const real* targets
+    const Job* job, Operation operation, Py_ssize_t first, real* tile, real* targets
 ) noexcept nogil:
     """From the scores to the gradient, if it is wanted; the sum of the losses."""
     cdef Rows r
@@ -1817,6 +1817,7 @@ cdef double cross_entropy_tile(
     clear_dead_lanes(job, &r, tile)
     largest_in_lanes(job, tile, maximum)
     if operation == CROSS_ENTROPY_SOFT:
+        clear_dead_lanes(job, &r, targets)
         find_in_lanes(job, tile, maximum, index)
     for j in range(LANES):
         r.target_logit[j] = tile[index[j] * job.step + j]

@@ -1673,6 +1673,7 @@ def _reduce_tile(
     _clear_dead_lanes(tile, num_classes, step, r)
     _tile_largest(tile, num_classes, step, r)
     if targets is not None:
+        _clear_dead_lanes(targets, num_classes, step, r)
         _tile_find(tile, num_classes, step, r)
     for j in range(LANES):
         r[TARGET_LOGIT + j] = tile[int(r[INDEX + j]) * step + j]
