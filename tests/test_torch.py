@@ -710,18 +710,6 @@ def test_frozen_layers_compiled(needed):
         assert (leaf.grad is not None) == needs_it
 
 
-@every_call
-def test_create_graph_changes_no_gradient(compiled, call, tensors):
-    """It is made of other operations then: those that the second derivatives are of."""
-    leaves = leaves_of(tensors)
-    result = call(*leaves)
-    u = torch.linspace(-2.5, 1, result.numel(), dtype=torch.float64).reshape(result.shape)
-    once = torch.autograd.grad(result, leaves, u, retain_graph=True)
-    again = torch.autograd.grad(result, leaves, u, create_graph=True)
-    for grad, expected in zip(again, once, strict=True):
-        torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
-
-
 def test_scores_changed_after_the_call(generator):
     """The first backward pass does not need them; another one notices."""
     scores, target, _ = problem(generator, (6, 5), torch.float32, "indices")
