@@ -3,13 +3,12 @@
 import functools
 import math
 
-import cases
 import ml_dtypes
 import mpmath
 import numpy as np
-import oracles
 import pytest
-from cases import CASES, FLOATS, HALVES, LAYOUTS, SOME_LAYOUTS, Layout, assert_close
+from support import cases, oracles
+from support.cases import CASES, FLOATS, HALVES, LAYOUTS, SOME_LAYOUTS, Layout, assert_close
 
 import fastloss as fl
 

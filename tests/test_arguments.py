@@ -3,10 +3,10 @@
 import functools
 
 import numpy as np
-import oracles
 import pytest
-from cases import BFLOAT16, CASES, INTEGERS, Layout, assert_close
-from conftest import need
+from support import oracles
+from support.backends import need
+from support.cases import BFLOAT16, CASES, INTEGERS, Layout, assert_close
 
 import fastloss as fl
 

@@ -5,7 +5,7 @@ import platform
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
+from support.backends import BACKENDS
 
 import fastloss as fl
 from fastloss import _cython, _numba, _reference

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from cases import BFLOAT16
+from support.cases import BFLOAT16
 
 import fastloss as fl
 

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import calls
 import numpy as np
 import pytest
-from conftest import COMPILED
 from numba import njit
+from support import calls
+from support.backends import COMPILED
 
 import fastloss as fl
 from fastloss import _cython, _numba
@@ -110,7 +110,7 @@ def allow_no_more_threads():
     if os.geteuid() == 0:  # whom no limit holds
         os.setuid(65534)
 import os
-import calls
+from support import calls
 from fastloss._backend import _describe_threads
 """
 
@@ -434,7 +434,7 @@ print(fl.softmax([1, 1], backend="numpy"))
 def test_without_openmp(python):
     """One thread, whatever was asked for, and show_config says so."""
     code = """
-import calls
+from support import calls
 from fastloss._backend import config
 print(calls.digest("cython", 1) == calls.digest("cython", 5))
 print(config()["threads"], config()["cython OpenMP"])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import CASES, IGNORED, Layout
+from support.cases import CASES, IGNORED, Layout
 
 import fastloss as fl
 

@@ -17,10 +17,10 @@ import types
 from pathlib import Path
 
 import numpy as np
-import oracles
 import pytest
 import threadpoolctl
-from conftest import need
+from support import oracles
+from support.backends import need
 
 import fastloss as fl
 from fastloss import _blas, _reference, linear
@@ -1098,7 +1098,6 @@ def test_peak_memory(rows, backend):
 def test_benchmark(tmp_path, monkeypatch):
     """It runs, and its tables go between the markers; memory and PyTorch are not measured here."""
     need("rich")
-    monkeypatch.syspath_prepend(BENCHMARK.parent)
     benchmark = importlib.import_module(BENCHMARK.stem)
     monkeypatch.setattr(benchmark, "peak_memory", lambda shape, backend: 12.3)
     monkeypatch.setattr(benchmark, "torch_call", lambda *_: None)

@@ -1,6 +1,5 @@
 """The command line, the measurements behind it and the report made from them."""
 
-import importlib.util
 import itertools
 import json
 import math
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report as report_script
 import rich.console
 
 import fastloss as fl
@@ -412,13 +412,6 @@ def test_sweep(elements):
 # bench/report.py
 
 
-def load_report_script():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def result(shape, dtype="float32", operation="cross_entropy_with_grad", series="shapes", **ratios):
     axis = 1
     reads = operation == "cross_entropy"
@@ -463,10 +456,10 @@ def written(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- benchmark:begin -->old<!-- benchmark:end -->\nafter\n")
     arguments = [str(tmp_path / "report.json"), "--readme", str(readme)]
-    load_report_script().main(arguments)
+    report_script.main(arguments)
     first = readme.read_text(), (tmp_path / "report.svg").read_bytes()
     printed = capsys.readouterr().out
-    load_report_script().main(arguments)
+    report_script.main(arguments)
     assert first == (readme.read_text(), (tmp_path / "report.svg").read_bytes())
     return first[0], first[1].decode(), printed
 
@@ -509,7 +502,7 @@ def test_report_needs_the_markers(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- benchmark:end --> <!-- benchmark:begin -->")
     with pytest.raises(SystemExit) as exit_status:
-        load_report_script().main([str(tmp_path / "report.json"), "--readme", str(readme)])
+        report_script.main([str(tmp_path / "report.json"), "--readme", str(readme)])
     assert exit_status.value.code == 2
     assert "needs the markers" in capsys.readouterr().err
     assert readme.read_text() == "<!-- benchmark:end --> <!-- benchmark:begin -->"

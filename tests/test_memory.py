@@ -10,8 +10,8 @@ import mmap
 
 import numpy as np
 import pytest
-from cases import CASES, FLOATS, HALVES, INTEGERS, Layout, by_name
-from conftest import COMPILED
+from support.backends import COMPILED
+from support.cases import CASES, FLOATS, HALVES, INTEGERS, Layout, by_name
 
 from fastloss import _arguments
 

@@ -1,12 +1,12 @@
 """Whatever hypothesis thinks of: the compiled backends say what the reference says."""
 
 import numpy as np
-import oracles
 import pytest
-from conftest import COMPILED
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from support import oracles
+from support.backends import COMPILED
 
 import fastloss as fl
 

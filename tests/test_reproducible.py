@@ -6,7 +6,7 @@ the table is tried on the backend of the fixture, which is each instruction set 
 
 import numpy as np
 import pytest
-from cases import CASES, FLOATS, HALVES, SOME_LAYOUTS, Layout
+from support.cases import CASES, FLOATS, HALVES, SOME_LAYOUTS, Layout
 
 import fastloss as fl
 

@@ -6,9 +6,9 @@ small the weights are.
 """
 
 import numpy as np
-import oracles
 import pytest
-from cases import FLOATS, Layout, assert_close, ulp
+from support import oracles
+from support.cases import FLOATS, Layout, assert_close, ulp
 
 import fastloss as fl
 

@@ -6,11 +6,10 @@ import json
 import pickle
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import need
+from support.backends import need
 
 sklearn = need("sklearn")
 sparse = need("scipy.sparse")
@@ -591,7 +590,6 @@ def test_not_fitted():
 
 def test_benchmark(tmp_path, monkeypatch):
     """bench/classifier.py on tiny problems: a table between the markers, and it stays one."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
     benchmark = importlib.import_module("classifier")
     tiny = {"100 classes": (200, 5, 10), "1000 classes": (200, 5, 20)}
     monkeypatch.setattr(benchmark, "QUICK", tiny)

@@ -13,8 +13,8 @@ import sys
 
 import numpy as np
 import pytest
-from cases import Layout, by_name
-from conftest import COMPILED
+from support.backends import COMPILED
+from support.cases import Layout, by_name
 
 pytestmark = [
     pytest.mark.skipif(

@@ -11,10 +11,10 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import calls
 import numpy as np
 import pytest
-from conftest import need
+from support import calls
+from support.backends import need
 
 import fastloss as fl
 from fastloss import _cython, _reference, _threads
@@ -43,7 +43,8 @@ def test_eight_threads_mix_everything(python, layer, module):
     except ImportError:
         pytest.skip(f"this Numba has no {layer} layer")
     code = """
-import calls, numba
+import numba
+from support import calls
 print(calls.wrong_of_many_threads(seconds=2), numba.threading_layer())
 """
     assert python(code, NUMBA_THREADING_LAYER=layer) == f"[] {layer}"
@@ -147,19 +148,22 @@ def test_two_threads_compute_at_once(long_call):
 @pytest.mark.parametrize("backend", calls.COMPILED)
 def test_memory_is_flat(python, backend):
     """Over 100,000 calls, of which three in five fail: less than 16 bytes from each of them."""
-    growth = python(f"import calls; print(calls.growth_of_memory({backend!r}))")
+    growth = python(f"from support import calls; print(calls.growth_of_memory({backend!r}))")
     assert int(growth) < 1 << 20
 
 
 @linux
 @pytest.mark.parametrize("backend", calls.COMPILED)
 def test_no_threads_are_left_behind(python, backend):
-    assert python(f"import calls; print(calls.threads_left_behind({backend!r}))") == "0"
+    assert (
+        python(f"from support import calls; print(calls.threads_left_behind({backend!r}))") == "0"
+    )
 
 
 def test_numba_keeps_its_own_thread_count(python):
     code = """
-import calls, numba
+import numba
+from support import calls
 numba.set_num_threads(1)
 calls.digest("numba", 2)
 print(numba.get_num_threads())
@@ -171,7 +175,7 @@ print(numba.get_num_threads())
 def test_openmp_keeps_its_own_thread_count(python):
     """Numba's OpenMP layer sets it when it starts; so would a kernel that knows no better."""
     code = """
-import calls
+from support import calls
 from fastloss import _cython
 calls.digest("cython", 3)
 calls.digest("numba", 2)
@@ -189,7 +193,8 @@ def test_pytorch_keeps_its_own_thread_count(python, first, threads):
     need("torch")
     code = f"""
 import {first}
-import calls, torch
+import torch
+from support import calls
 torch.set_num_threads({threads})
 calls.bits("softmax", "numba", 2)
 print(torch.get_num_threads())
@@ -277,7 +282,7 @@ def test_more_threads_than_there_are_are_tried_first(monkeypatch):
 @linux
 def test_as_many_threads_as_show_config_says(python, backend, environment, threads):
     """Counted as the system sees them. Numba has no more than it started with."""
-    code = f"import calls; print(*calls.threads_of_a_call({backend!r}))"
+    code = f"from support import calls; print(*calls.threads_of_a_call({backend!r}))"
     environment = {"NUMBA_NUM_THREADS": "4", "NUMBA_THREADING_LAYER": "omp", **environment}
     most = 4 if backend == "numba" else _cython.most_threads()
     assert python(code, **environment) == f"{min(threads, most)} {min(threads, most)}"
@@ -314,7 +319,7 @@ print(fl.get_num_threads())
 @pytest.mark.parametrize("backend", calls.COMPILED)
 def test_taskset(python, backend):
     cpu = str(min(os.sched_getaffinity(0)))
-    code = f"import calls; print(*calls.threads_of_a_call({backend!r}))"
+    code = f"from support import calls; print(*calls.threads_of_a_call({backend!r}))"
     assert python(code, command=["taskset", "-c", cpu]) == "1 1"
 
 
@@ -406,7 +411,7 @@ def test_a_real_control_group(control_group, python):
 import os
 with open({str(control_group / "cgroup.procs")!r}, "w") as file:
     file.write(str(os.getpid()))
-import calls
+from support import calls
 print(*calls.threads_of_a_call("cython"))
 """
     assert python(code) == "1 1"
@@ -432,7 +437,7 @@ def test_orders_of_import(python, other, first):
     Numba and PyTorch use the system's, or we use theirs; the wheels of scikit-learn have their own.
     """
     need(other.partition(".")[0])
-    imports = [f"import {other}", "import calls"]
+    imports = [f"import {other}", "from support import calls"]
     code = (
         "\n".join(imports if first else imports[::-1])
         + f"""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import need
+from support.backends import need
 
 import fastloss as fl
 

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import need
+from support.backends import need
 
 torch = need("torch")
 ft = pytest.importorskip("fastloss.torch", exc_type=ImportError)
 if not torch.distributed.is_available():
     pytest.skip("this PyTorch has no torch.distributed", allow_module_level=True)
 
-import ranks  # noqa: E402
+from support import ranks  # noqa: E402
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -61,7 +61,7 @@ def processes(*commands, **options):
 def run(scenario, size, directory, killed=()):
     """What each rank left; a rank that was to be killed left nothing."""
     commands = [
-        [sys.executable, HERE / "ranks.py", scenario, directory, str(rank), str(size)]
+        [sys.executable, HERE / "support" / "ranks.py", scenario, directory, str(rank), str(size)]
         for rank in range(size)
     ]
     with processes(*commands) as started:

@@ -1,7 +1,7 @@
 """Measures the largest errors in ulp, over the whole range of inputs, and writes them down.
 
-    python bench/accuracy.py                  # all that runs here, some minutes
-    python bench/accuracy.py --build numba    # only this build; the figures of the others stay
+    python tests/accuracy.py                  # all that runs here, some minutes
+    python tests/accuracy.py --build numba    # only this build; the figures of the others stay
 
 The figures go into ``bench/results/accuracy.json`` and, as a table, into ``bench/README.md``;
 ``tests/test_ulps.py`` measures with the functions below, and holds every build to the figures.
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from support import cases
+from support.cases import Case, Layout
 
 import fastloss as fl
 from fastloss import _cython
@@ -28,10 +30,6 @@ from fastloss._tools import check
 from fastloss._tools.report import insert, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]
-
-import cases  # noqa: E402
-from cases import Case, Layout  # noqa: E402
 
 JSON = ROOT / "bench/results/accuracy.json"
 README = ROOT / "bench/README.md"

@@ -10,11 +10,11 @@ import math
 from fractions import Fraction
 from unittest import mock
 
-import hostile
 import numpy as np
 
 import fastloss as fl
 from fastloss import linear
+from support import hostile
 
 try:
     from scipy import sparse

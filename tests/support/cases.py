@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-import oracles
 
 import fastloss as fl
+from support import oracles
 
 IGNORED = -7  # as ignore_index, where a case has one: not the default, and not a class
 

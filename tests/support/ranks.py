@@ -203,7 +203,7 @@ def loss_of_a_killed_rank():
 
 def example():
     """examples/torch_language_model.py"""
-    path = Path(__file__).parents[1] / "examples" / "torch_language_model.py"
+    path = Path(__file__).parents[2] / "examples" / "torch_language_model.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
