@@ -178,7 +178,7 @@ def _differentiable_gradients(
 ) -> list[Any]:
     """In terms of operations that have derivatives themselves."""
     with_scores = inputs.with_scores()
-    g = _ops.loss_backward(upstream, *with_scores, *options)
+    g = _ops.loss_backward(upstream, *with_scores, *_ops.in_graph(options))
     rows = g.reshape(-1, g.shape[-1])
     grad_weight = rows.T @ inputs.input.reshape(-1, inputs.input.shape[-1])
     if l2:
