@@ -20,7 +20,8 @@ from torch._functorch.aot_autograd import make_boxed_func  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import fastloss.torch as ft  # noqa: E402
-from fastloss.torch import _compute  # noqa: E402
+from fastloss.torch import _compute, _ops  # noqa: E402
+from fastloss.torch._compute import Options  # noqa: E402
 
 F = torch.nn.functional
 NAN, INF = math.nan, math.inf
@@ -227,6 +228,45 @@ def test_our_own_options(compiled, generator):
     loss, our_grad = loss_and_grad(ft.nll_loss, scores, target, sample_weight=s, normalizer=2)
     assert loss.item() == np.float32(expected)
     np.testing.assert_array_equal(our_grad.numpy(), grad)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        3,
+        3.0,
+        torch.tensor(3),
+        torch.tensor(3.0).bfloat16(),
+        np.int32(3),
+        np.float32(3),
+        np.array(3),
+    ],
+    ids=repr,
+)
+def test_normalizers_of_every_kind(generator, normalizer):
+    """In the adapter and below it; the other numbers likewise."""
+    scores, target, _ = problem(generator, (4, 7), torch.float32, "indices")
+    weight = torch.randn((7, 7), generator=generator)
+    arrays = scores.numpy(), target.numpy()
+    for ours, theirs in [
+        (ft.cross_entropy(scores, target, normalizer=normalizer), fl.cross_entropy(*arrays)),
+        (ft.nll_loss(scores, target, normalizer=normalizer), fl.nll_loss(*arrays)),
+        (ft.CrossEntropyLoss(normalizer=normalizer)(scores, target), fl.cross_entropy(*arrays)),
+        (
+            ft.linear_cross_entropy(scores, weight, target, normalizer=normalizer),
+            fl.linear_cross_entropy(scores, weight, target),
+        ),
+        (fl.cross_entropy(*arrays, normalizer=normalizer), fl.cross_entropy(*arrays)),
+        (
+            fl.linear_cross_entropy(scores, weight, target, normalizer=normalizer),
+            fl.linear_cross_entropy(scores, weight, target),
+        ),
+    ]:
+        assert float(ours) == pytest.approx(theirs * 4 / 3, rel=1e-6)
+    for name in ("z_loss", "l2"):
+        for function in (ft.linear_cross_entropy, fl.linear_cross_entropy):
+            loss = function(scores, weight, target, **{name: normalizer})
+            assert float(loss) == float(function(scores, weight, target, **{name: 3.0}))
 
 
 def test_backend_by_keyword(generator):
@@ -918,6 +958,13 @@ def test_vmap_over_some_arguments(generator):
         torch.testing.assert_close(
             single(x[0], t[0]), ft.cross_entropy(x[0], t[0], reduction="none")
         )
+    n = torch.tensor([1.0, 2.0, 3.0])
+    for loss in (ft.cross_entropy, torch.func.grad(ft.cross_entropy)):
+        found = torch.vmap(lambda n: loss(x[0], t[0], normalizer=n))(n)  # noqa: B023
+        expected = torch.stack([loss(x[0], t[0], normalizer=float(value)) for value in n])
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(NotImplementedError, match="vmap over z_loss is not supported"):
+        torch.vmap(lambda z: ft.cross_entropy(x[0], t[0], z_loss=z))(n)
     with pytest.raises(NotImplementedError, match="vmap over weight"):
         torch.vmap(lambda w: ft.cross_entropy(x[0], t[0], w))(torch.ones(3, 5))
     torch.testing.assert_close(
@@ -1009,7 +1056,8 @@ def test_operators_are_registered_right(call, tensors):
 def test_opcheck(compiled, generator):
     x = torch.randn((6, 5), generator=generator, requires_grad=True)
     t = torch.randint(5, (6,), generator=generator)
-    rest = ("cross_entropy", -100, 0.1, 0.0, "mean", None, compiled)
+    options = Options(0.1, 0.0, 3.0, "cross_entropy", -100, "mean", compiled)
+    rest = _ops.in_graph(options)
     for name, arguments in [
         ("loss", (x, t, None, None, *rest)),
         ("loss_backward", (torch.ones(()), x, t, None, None, *rest)),
@@ -1192,6 +1240,23 @@ X, T = torch.zeros(3, 4), torch.tensor([0, 1, 2])
         (lambda: ft.cross_entropy(X, T, reduction="avg"), ValueError, "reduction = 'avg' is not"),
         (lambda: ft.cross_entropy(X, X, ignore_index=2), ValueError, "ignore_index = 2 is for cla"),
         (lambda: ft.cross_entropy(X, T, z_loss=-1), ValueError, "z_loss = -1.0 is not a finite"),
+        (
+            lambda: ft.cross_entropy(X, T, normalizer=torch.tensor(0)),
+            ValueError, "normalizer = 0.0 is not a finite",
+        ),
+        (
+            lambda: ft.cross_entropy(X, T, normalizer=torch.ones(2)),
+            TypeError, r"normalizer = tensor\(\[1., 1.\]\) is not a real number",
+        ),
+        (lambda: ft.cross_entropy(X, T, normalizer="3"), TypeError, "normalizer = '3' is not"),
+        (
+            lambda: ft.cross_entropy(X, T, normalizer=torch.ones((), requires_grad=True)),
+            ValueError, "normalizer requires a gradient, and there is none for it; detach it",
+        ),
+        (
+            lambda: fl.cross_entropy(X, T, normalizer=torch.tensor(3j)),
+            TypeError, r"normalizer = tensor\(0.\+3.j\) is not a real number",
+        ),
         (lambda: ft.cross_entropy(X[:, :0], T), ValueError, "no classes along axis 1"),
         (lambda: ft.nll_loss(X, X), TypeError, "target has dtype float32; expected integers"),
         (lambda: ft.softmax(X), ValueError, "dim is not given, and softmax does not guess it"),

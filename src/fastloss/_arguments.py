@@ -9,7 +9,7 @@ import itertools
 import math
 import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -42,11 +42,8 @@ class Logits(NamedTuple):
     @property
     def rows(self) -> "Rows":
         shape = self.array.shape[: self.axis] + self.array.shape[self.axis + 1 :]
-        order = self.order
-        if order is not None:
-            order = tuple(a - (a > self.axis) for a in order if a != self.axis)
         outer, _, inner = self.normal.shape
-        return Rows(shape, (outer, inner), order)
+        return Rows(shape, (outer, inner), rows_order(self.order, self.axis))
 
     def normalize(self, array: np.ndarray) -> np.ndarray:
         """Another array of the same shape in the same normal form, copied if it must be."""
@@ -103,7 +100,7 @@ def logits(value: ArrayLike, axis: Any, name: str = "logits") -> Logits:
     order = None
     position = class_axis
     if not array.flags.c_contiguous:
-        order = _memory_order(array)
+        order = memory_order(array.shape, array.strides, array.itemsize)
     if order is not None:
         shape = tuple(shape[a] for a in order)
         position = order.index(class_axis)
@@ -112,10 +109,24 @@ def logits(value: ArrayLike, axis: Any, name: str = "logits") -> Logits:
     return Logits(array, normal, class_axis, order)
 
 
-def _memory_order(array: np.ndarray) -> tuple[int, ...] | None:
-    """The order of axes in which `array` is C-contiguous, or None if there is none."""
-    order = sorted(range(array.ndim), key=lambda a: -array.strides[a])
-    return tuple(order) if array.transpose(order).flags.c_contiguous else None
+def memory_order(
+    shape: Sequence[int], strides: Sequence[int], itemsize: int = 1
+) -> tuple[int, ...] | None:
+    """The order of axes in which an array is C-contiguous, or None if there is none.
+
+    Results lie in memory in the same order, or where there is none as the user sees them.
+    """
+    order = sorted(range(len(shape)), key=lambda a: -strides[a])
+    for a in reversed(order):
+        if shape[a] != 1 and strides[a] != itemsize:
+            return None
+        itemsize *= shape[a]
+    return tuple(order)
+
+
+def rows_order(order: tuple[int, ...] | None, axis: int) -> tuple[int, ...] | None:
+    """That of what has one entry per row."""
+    return order and tuple(a - (a > axis) for a in order if a != axis)
 
 
 def like_logits(value: ArrayLike, like: Logits, name: str, like_name: str) -> np.ndarray:
@@ -280,7 +291,7 @@ def _weights(value: ArrayLike, shape: tuple[int, ...], name: str, reason: str) -
 
 def options(ignore_index: Any, label_smoothing: Any = 0.0, z_loss: Any = 0.0) -> Options:
     """Check what a loss takes beside its arrays."""
-    smoothing = _real(label_smoothing, "label_smoothing")
+    smoothing = real(label_smoothing, "label_smoothing")
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label_smoothing = {smoothing} is out of range; it must be from 0 to 1")
     return Options(_ignore_index(ignore_index), smoothing, _not_negative(z_loss, "z_loss"))
@@ -316,7 +327,7 @@ def reduction(value: Any, normalizer: Any) -> Reduction:
         return Reduction(value, None)
     if value != "mean":
         raise ValueError(f"normalizer replaces the divisor of the mean; reduction = {value!r}")
-    number = _real(normalizer, "normalizer")
+    number = real(normalizer, "normalizer")
     if not 0.0 < number < math.inf:
         raise ValueError(f"normalizer = {number} is not a finite number above 0")
     return Reduction(value, number)
@@ -348,26 +359,37 @@ def flag(value: Any, name: str) -> bool:
 
 
 def _not_negative(value: Any, name: str) -> float:
-    number = _real(value, name)
+    number = real(value, name)
     if not 0.0 <= number < math.inf:
         raise ValueError(f"{name} = {number} is not a finite number of at least 0")
     return number
 
 
-def _real(value: Any, name: str) -> float:
+def real(value: Any, name: str) -> float:
     if type(value) is float:
         return value
     # float() would read text, too, and drop imaginary parts, units of time and masks.
-    number = hasattr(value, "__float__") or hasattr(value, "__index__")
-    kind = getattr(getattr(value, "dtype", _FLOAT64), "kind", "")
-    if number and kind in _REAL_KINDS and not isinstance(value, np.ma.MaskedArray):
+    number = _item(value)
+    kind = getattr(getattr(number, "dtype", _FLOAT64), "kind", "")
+    is_number = hasattr(number, "__float__") or hasattr(number, "__index__")
+    if is_number and kind in _REAL_KINDS and not isinstance(number, np.ma.MaskedArray):
         try:
-            return float(value)
+            return float(number)
         except OverflowError:  # a very large integer: whoever asks refuses what is not finite
-            return math.inf if value > 0 else -math.inf
+            return math.inf if number > 0 else -math.inf
         except (TypeError, ValueError):
             pass
     raise TypeError(f"{name} = {value!r} is not a real number")
+
+
+def _item(value: Any) -> Any:
+    """The number in a tensor of some library, whose dtypes are not NumPy's; else the value."""
+    if hasattr(getattr(value, "dtype", _FLOAT64), "kind"):
+        return value
+    try:
+        return value.item()
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # none, or more than one
+        return value
 
 
 class Output(NamedTuple):

@@ -38,14 +38,17 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What it takes beside them, and which loss it is."""
+    """What it takes beside them, and which loss it is.
 
+    The numbers are tensors in a graph, which would hold others to be constant.
+    """
+
+    label_smoothing: Any  # float or Tensor
+    z_loss: Any
+    normalizer: Any  # or None
     name: str  # "cross_entropy" or "nll_loss"
     ignore_index: int
-    label_smoothing: float
-    z_loss: float
     reduction: str
-    normalizer: float | None
     backend: str | None
 
 
@@ -86,9 +89,12 @@ def maybe_to_array(tensor: Tensor | None) -> np.ndarray | None:
 
 def to_tensor(array: np.ndarray) -> Tensor:
     """A tensor on the memory of an array: NumPy's costs fewer page faults than PyTorch's own."""
-    if array.dtype.kind != "V":  # bfloat16; its name takes a microsecond to make up
-        return torch.from_numpy(array)
-    bits = torch.from_numpy(array.view(np.int16))
+    is_bfloat16 = array.dtype.kind == "V"  # its name takes a microsecond to make up
+    bits = torch.from_numpy(array.view(np.int16) if is_bfloat16 else array)
+    if not array.size:  # NumPy has strides of its own for it
+        bits = bits.new_empty(array.shape)
+    if not is_bfloat16:
+        return bits
     # Not bits.view(torch.bfloat16): autograd treats views in ways of their own.
     result = torch.empty(0, dtype=torch.bfloat16, device="cpu")
     return result.set_(bits.untyped_storage(), 0, bits.shape, bits.stride())  # type: ignore[call-overload]
@@ -137,7 +143,7 @@ def loss_tensor(loss: float | np.ndarray, dtype: torch.dtype) -> Tensor:
     """A loss of scores of a dtype, in the one that it is computed in."""
     if not isinstance(loss, np.ndarray):
         loss = np.array(loss, np.float64 if dtype is torch.float64 else np.float32)
-    return torch.from_numpy(loss)
+    return to_tensor(loss)
 
 
 def gradient(
@@ -243,7 +249,7 @@ def probabilities_backward(
 def _mapped(function: Any, tensors: tuple[Tensor, ...], dim: int, backend: str | None) -> Tensor:
     shape = tensors[0].shape
     if 0 in shape:
-        return torch.empty_like(tensors[0])
+        return tensors[0].new_empty(shape)
     arrays = [to_array(tensor) for tensor in tensors]
     if not shape:  # a scalar is one class
         arrays = [array.reshape(1) for array in arrays]

@@ -15,7 +15,9 @@ def row_factors(upstream: Tensor | float, inputs: Inputs, options: Options) -> T
     if inputs.sample_weight is not None:
         rows = rows * inputs.sample_weight
     if options.reduction == "mean":
-        divisor = options.normalizer or counted(inputs, options.ignore_index).sum()
+        divisor = options.normalizer
+        if divisor is None:
+            divisor = counted(inputs, options.ignore_index).sum()
         rows = torch.where(rows == 0, 0, rows / divisor)
     return (rows * upstream).to(compute_dtype(inputs.scores.dtype))
 

@@ -182,7 +182,7 @@ def _differentiable_gradients(
     factors = row_factors(1.0, Inputs(inputs.input, *inputs[3:]), options)  # its rows are theirs
     inputs = inputs._replace(input=counting(factors.unsqueeze(-1), inputs.input))
     with_scores = inputs.with_scores()
-    g = _ops.loss_backward(upstream, *with_scores, *options)
+    g = _ops.loss_backward(upstream, *with_scores, *_ops.in_graph(options))
     rows = g.reshape(-1, g.shape[-1])
     grad_input = grad_weight = None
     if needed[0]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._compile import _disable_dynamo
 
 from fastloss import _arguments, _backend
 from fastloss.torch import _compute, _ops
@@ -35,7 +36,7 @@ def vocab_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Cross-entropy of scores of which each rank of a group holds some of the classes.
@@ -63,7 +64,7 @@ def vocab_parallel_cross_entropy(
         as gloo; by default all.
     ignore_index, label_smoothing, z_loss, reduction, backend
         As in `cross_entropy`.
-    normalizer : float, optional
+    normalizer : float or Tensor of one number, optional
         What the mean divides by; by default the number of rows that are not ignored.
 
     Returns
@@ -114,7 +115,8 @@ def vocab_parallel_cross_entropy(
     >>> dist.destroy_process_group()
     """
     arguments = (logits_shard, target, vocab_start, ignore_index, label_smoothing, z_loss)
-    loss = _Loss.apply(group, *arguments, reduction, normalizer, backend)  # type: ignore[no-untyped-call]
+    apply = _apply_outside_graphs if torch.compiler.is_compiling() else _Loss.apply
+    loss = apply(group, *arguments, reduction, normalizer, backend)
     if loss.dtype is not logits_shard.dtype and not torch.is_autocast_enabled("cpu"):
         loss = loss.to(logits_shard.dtype)
     return loss  # type: ignore[no-any-return]
@@ -221,6 +223,12 @@ def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     return grad.reshape(logits_shard.shape)
 
 
+@_disable_dynamo
+def _apply_outside_graphs(*arguments: Any) -> Tensor:
+    """As one piece, where torch.compile would make many, and again with the numbers that change."""
+    return _Loss.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+
+
 # ---------------------------------------------------------------------------------------------
 # Arguments, and whether the ranks agree on them
 # ---------------------------------------------------------------------------------------------
@@ -287,9 +295,15 @@ def _check(
         raise TypeError(f"vocab_start = {vocab_start!r} is not an integer") from None
     if not 0 <= start < 1 << 62:
         raise ValueError(f"vocab_start = {start} is out of range; it must be at least 0")
-    checked = _arguments.options(ignore_index, label_smoothing, z_loss)
-    _, divisor = _arguments.reduction(reduction, normalizer)
-    options = Options("cross_entropy", *checked, reduction, divisor, backend)
+    numbers = _arguments.options(ignore_index, label_smoothing, z_loss)
+    divisor = _arguments.reduction(reduction, normalizer).normalizer
+    options = Options(
+        **numbers._asdict(),
+        normalizer=divisor,
+        name="cross_entropy",
+        reduction=reduction,
+        backend=backend,
+    )
     _backend.resolve(backend)
     scores = _matrix(logits_shard.detach(), target.numel())
     return _Shard(scores, target.to(torch.int64).reshape(-1), start, shape, options)
@@ -412,7 +426,7 @@ def _inputs(scores: Tensor, top: Tensor, kept: Tensor) -> Inputs:
 
 def _own(backend: str | None, label_smoothing: float = 0.0) -> Options:
     ignore_index = _arguments.DEFAULT_IGNORE_INDEX
-    return Options("cross_entropy", ignore_index, label_smoothing, 0.0, "none", None, backend)
+    return Options(label_smoothing, 0.0, None, "cross_entropy", ignore_index, "none", backend)
 
 
 # ---------------------------------------------------------------------------------------------

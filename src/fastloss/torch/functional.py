@@ -139,7 +139,7 @@ def cross_entropy(
     *,
     z_loss: float = 0.0,
     sample_weight: Tensor | None = None,
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
     backend: str | None = None,
     inplace: bool = False,
     fallback: bool = False,
@@ -174,8 +174,9 @@ def cross_entropy(
         The weight of the square of the log of the sum of exponentials, at least 0.
     sample_weight : Tensor, shape of `input` without the class dimension, optional
         A weight per row, finite and at least 0.
-    normalizer : float, optional
-        Replaces the divisor of the mean.
+    normalizer : float or Tensor of one number, optional
+        Replaces the divisor of the mean.  It may change from step to step under `torch.compile`, as
+        may the other numbers, and a tensor need not be read for that with ``item()``.
     backend : {"auto", "cython", "numba", "numpy"}, optional
         See `fastloss.set_backend`.
     inplace : bool
@@ -243,7 +244,7 @@ def nll_loss(
     reduction: str = "mean",
     *,
     sample_weight: Tensor | None = None,
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
     backend: str | None = None,
     fallback: bool = False,
 ) -> Tensor:
@@ -301,7 +302,7 @@ def linear_cross_entropy(
     l2: float = 0.0,
     z_loss: float = 0.0,
     sample_weight: Tensor | None = None,
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
     backend: str | None = None,
     fallback: bool = False,
 ) -> Tensor:
@@ -410,17 +411,28 @@ def _options(
     *,
     ignore_index: int,
     reduction: str,
-    normalizer: float | None,
+    normalizer: float | Tensor | None,
     backend: str | None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Options:
     if soft and isinstance(ignore_index, int) and ignore_index < 0:
         ignore_index = _arguments.DEFAULT_IGNORE_INDEX  # as PyTorch, which overlooks any such
-    if normalizer is not None:
-        normalizer = float(normalizer)
-    numbers = float(label_smoothing), float(z_loss)
-    return Options(name, ignore_index, *numbers, reduction, normalizer, backend)
+    numbers = (
+        _number(label_smoothing, "label_smoothing"),
+        _number(z_loss, "z_loss"),
+        None if normalizer is None else _number(normalizer, "normalizer"),
+    )
+    return Options(*numbers, name, ignore_index, reduction, backend)
+
+
+def _number(value: float | Tensor, name: str) -> float | Tensor:
+    """A float; or a tensor on the way into a graph, which knows not yet what is in it."""
+    if type(value) in (float, int):
+        return float(value)
+    if isinstance(value, Tensor):
+        _check_no_gradient(**{name: value})
+    return _arguments.real(value, name) if _ops.is_eager(value) else torch.as_tensor(value)
 
 
 def apply(inputs: Inputs, options: Options, inplace: bool = False) -> Tensor:
@@ -431,7 +443,7 @@ def apply(inputs: Inputs, options: Options, inplace: bool = False) -> Tensor:
     if inplace:
         _check_inplace(inputs, eager, differentiable)
     if not eager:
-        loss = _ops.loss(*inputs, *options)
+        loss = _ops.loss(*inputs, *_ops.in_graph(options))
     elif differentiable:
         loss = _ops.Loss.apply(*inputs, options, inplace and scores.requires_grad)
     else:
