@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cases import FLOATS, HALVES
 
 import fastloss as fl
 
@@ -164,8 +165,12 @@ def test_edge(edge, place, dtype, inner, backend):
 
 SCORES = {  # row: softmax, log_softmax, logsumexp
     "NaN": ([0, NAN, 1], [NAN] * 3, [NAN] * 3, NAN),
-    "+inf": ([0, INF, 1], [NAN] * 3, [NAN] * 3, NAN),
-    "all -inf": ([-INF] * 3, [NAN] * 3, [NAN] * 3, NAN),
+    "+inf": ([0, INF, 1], [NAN] * 3, [NAN] * 3, INF),
+    "+inf twice": ([INF, 0, INF], [NAN] * 3, [NAN] * 3, INF),
+    "+inf and NaN": ([INF, NAN, 1], [NAN] * 3, [NAN] * 3, NAN),
+    "NaN and +inf": ([NAN, INF, INF], [NAN] * 3, [NAN] * 3, NAN),
+    "all -inf": ([-INF] * 3, [NAN] * 3, [NAN] * 3, -INF),
+    "-inf and NaN": ([-INF, -INF, NAN], [NAN] * 3, [NAN] * 3, NAN),
     "-inf": ([0, -INF, 0], [0.5, 0, 0.5], [-np.log(2), -INF, -np.log(2)], np.log(2)),
     "one finite": ([-INF, 7, -INF], [0, 1, 0], [-INF, 0, -INF], 7),
     "one class": ([-5], [1], [0], -5),
@@ -198,6 +203,18 @@ def test_edge_of_softmax(name, place, inner, backend):
         np.testing.assert_array_equal(np.moveaxis(out, axis, -1), result)
     result = fl.logsumexp(x, axis, backend=backend)
     np.testing.assert_allclose(result[NEIGHBOURS], lse, rtol=1e-6)
+    assert np.isfinite(np.delete(result, NEIGHBOURS)).all()
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("c", [3, 2000], ids=["in tiles", "in rows"])
+def test_logsumexp_of_infinite_rows(c, dtype, backend):
+    x = np.full((5, c), -INF)
+    x[1, -1], x[2, -1], x[3, 1:], x[4, ::2] = NAN, INF, [INF] + [NAN] * (c - 2), INF
+    for layout in (x, x[:, ::-1]):
+        for scores, axis in ((layout, 1), (layout.T, 0)):
+            result = fl.logsumexp(np.array(scores, dtype), axis, backend=backend)
+            np.testing.assert_array_equal(result.astype(float), [-INF, NAN, INF, NAN, INF])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -749,6 +749,13 @@ cdef inline Py_ssize_t find(const real* x, Py_ssize_t n, real value) noexcept no
     return n
 
 
+cdef inline bint holds_nan(const real* x, Py_ssize_t step, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j, count = 0
+    for j in range(n):
+        count += x[j * step] != x[j * step]
+    return count > 0
+
+
 cdef inline double exp_block(
     const real* x, Py_ssize_t n, Py_ssize_t skip, real pivot, real magic, real* e,
     const char* later, Py_ssize_t step,
@@ -1165,6 +1172,16 @@ cdef inline Py_ssize_t find_in_row(
     return 0
 
 
+cdef inline bint row_holds_nan(const Job* job, const char* x, real* buffer) noexcept nogil:
+    cdef Py_ssize_t b, c, n
+    for b in range(blocks_in(job.num_classes)):
+        c = b * BLOCK
+        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+        if holds_nan(load_block(job.storage, x, c, n, buffer), 1, n):
+            return True
+    return False
+
+
 cdef inline double exp_row(
     const Job* job, const char* x, Py_ssize_t skip, real m, real* kept, real* scratch
 ) noexcept nogil:
@@ -1302,6 +1319,11 @@ cdef void log_softmax_rows(
         r.loss[i] = log1p_of(r.others[i] / r.top[i])
     result = kept
     if operation == LOGSUMEXP:
+        for i in range(n):
+            x = row_of(job, job.logits, job.storage, first + i)
+            # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
+            if not is_finite(r.maximum[i]) and not row_holds_nan(job, x, scratch):
+                r.loss[i] = 0.0
         for i in range(n):
             result[i] = <real>(r.maximum[i] + r.loss[i])
         store(job, first, n, result)
@@ -1785,6 +1807,9 @@ cdef void softmax_tile(
     for j in range(LANES):
         r.loss[j] = log1p_of(r.others[j] / r.top[j])
     if operation == LOGSUMEXP:
+        for j in range(LANES):
+            if not is_finite(r.maximum[j]) and not holds_nan(tile + j, step, job.num_classes):
+                r.loss[j] = 0.0
         for j in range(LANES):
             buffer[j] = <real>(r.maximum[j] + r.loss[j])
         store(job, first, min(job.rows - first, <Py_ssize_t>LANES), buffer)

@@ -30,6 +30,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import platform
 import threading
 
@@ -810,6 +811,14 @@ def _find(x, value):
     return x.size
 
 
+@_inline
+def _holds_nan(x, step, n):
+    count = 0
+    for j in range(n):
+        count += x[j * step] != x[j * step]
+    return count > 0
+
+
 @_summing
 def _fold(lane):
     """The sum of a chunk, in float64."""
@@ -1179,6 +1188,15 @@ def _find_in_row(x, start, num_classes, value, buffer, storage):
     return 0
 
 
+@_inline
+def _row_holds_nan(x, start, num_classes, buffer, storage):
+    for c in range(0, num_classes, BLOCK):
+        n = min(BLOCK, num_classes - c)
+        if _holds_nan(_load(x, start + c, n, buffer, storage), 1, n):
+            return True
+    return False
+
+
 @_spliced
 def _exp_row(x, start, num_classes, skip, maximum, keep, kept, buffer, line, ahead, storage):
     """The sum of the exponentials without class `skip`; if keep, kept receives them all.
@@ -1252,6 +1270,12 @@ def _log_softmax_rows(x, out, r, scratch, first, n, num_classes, step, storage, 
     for i in range(n):
         r[LOSS + i] = _log1p(r[OTHERS + i] / r[TOP + i])
     if not log_probs:
+        for i in range(n):
+            # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
+            if not math.isfinite(r[MAXIMUM + i]) and not _row_holds_nan(
+                x, (first + i) * step, num_classes, buffer, storage
+            ):
+                r[LOSS + i] = 0.0
         return
     for i in range(n):
         m, log_s = real(r[MAXIMUM + i]), real(r[LOSS + i])
@@ -1634,7 +1658,7 @@ def _softmax_tile(tile, r, num_classes, step, x, later, inner):
 
 @_inline
 def _log_softmax_tile(tile, r, num_classes, step, x, later, inner, log_probs):
-    """The log-probabilities if log_probs; else the first class receives the logsumexp."""
+    """log_softmax; without log_probs only what logsumexp needs."""
     m, log_s = _lanes(tile), _lanes(tile)
     _tile_largest(tile, num_classes, step, r)
     _tile_find(tile, num_classes, step, r)
@@ -1646,7 +1670,8 @@ def _log_softmax_tile(tile, r, num_classes, step, x, later, inner, log_probs):
         r[LOSS + j] = _log1p(r[OTHERS + j] / r[TOP + j])
     if not log_probs:
         for j in range(LANES):
-            tile[j] = r[MAXIMUM + j] + r[LOSS + j]
+            if not math.isfinite(r[MAXIMUM + j]) and not _holds_nan(tile[j:], step, num_classes):
+                r[LOSS + j] = 0.0
         return
     for j in range(LANES):
         m[j] = r[MAXIMUM + j]

@@ -49,7 +49,10 @@ def log_softmax(logits, out, num_threads):
 
 def logsumexp(logits, out, num_threads):
     x, m, k = _shifted(logits)
-    _round_to(out, (m + np.log1p(_sum_others(np.exp(x), k)))[:, 0, :])
+    log_s = np.log1p(_sum_others(np.exp(x), k))
+    # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
+    log_s[np.isinf(m) & ~np.isnan(_float64(logits)).any(axis=1, keepdims=True)] = 0.0
+    _round_to(out, (m + log_s)[:, 0, :])
 
 
 def softmax_backward(grad_output, probs, out, num_threads):

@@ -131,7 +131,8 @@ def logsumexp(
     Returns
     -------
     ndarray
-        The shape of `logits` without `axis`, the dtype of `logits`.
+        The shape of `logits` without `axis`, the dtype of `logits`.  A row of nothing but -inf is
+        -inf, one with a +inf and no NaN is +inf.
 
     Examples
     --------
