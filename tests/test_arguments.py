@@ -239,9 +239,11 @@ def test_probabilities_of_every_float_dtype(dtype, backend):
             assert_close(value, bound, x.dtype)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64, np.uint8, BFLOAT16])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64, np.uint8, BFLOAT16, bool])
 def test_weights_of_every_real_dtype(dtype, backend):
     w, s = np.arange(70) % 5, np.arange(30) % 3
+    if dtype is bool:
+        w, s = w % 2, s % 2
     expected = fl.cross_entropy_with_grad(
         X, Y, weight=w.astype(float), sample_weight=s.astype(float), backend=backend
     )

@@ -369,7 +369,7 @@ cdef struct Job:
     int64_t ignore_index
     const double* weight
     const void* relative_weight  # weight / largest_weight, in the compute type
-    double largest_weight  # 1 without weights
+    double largest_weight  # in magnitude; 1 without weights
     double weight_sum
     const double* sample_weight
     double smoothing, z_loss, scale
@@ -1061,7 +1061,7 @@ cdef void read_targets(
     const Job* job, Py_ssize_t first, Py_ssize_t n, int64_t* y, Rows* r
 ) noexcept nogil:
     """Targets, and the weights of their rows: 0 where a row counts for nothing."""
-    cdef bint smooth = job.smoothing * job.weight_sum != 0.0 or job.z_loss != 0.0
+    cdef bint smooth = job.z_loss != 0.0 or (job.smoothing != 0.0 and job.largest_weight != 0.0)
     cdef double kept = 1.0 - job.smoothing
     cdef Py_ssize_t i
     cdef bint used
@@ -1738,7 +1738,7 @@ cdef inline void narrow_factors(const Job* job, real* tile, const Rows* r, real*
 
 
 cdef inline real weight_of(const Job* job, Py_ssize_t c, real unused) noexcept nogil:
-    """The weight of a class, relative to the largest."""
+    """The weight of a class, relative to the largest in magnitude."""
     return <real>1.0 if job.weight == NULL else (<const real*>job.relative_weight)[c]
 
 
@@ -2343,8 +2343,8 @@ cdef cnp.ndarray add_relative_weight(Job* job, cnp.ndarray weight):
     job.largest_weight = 1.0
     if weight is None:
         return None
-    job.largest_weight = weight.max() or 1.0
-    relative = weight / job.largest_weight
+    job.largest_weight = np.abs(weight).max()
+    relative = weight / (job.largest_weight or 1.0)
     if job.storage != FLOAT64:
         relative = relative.astype(np.float32)
     job.relative_weight = cnp.PyArray_DATA(relative)
@@ -2445,9 +2445,10 @@ def check_target(
 ):
     """Flat index of the first target out of range, or -1; and the divisor of the mean."""
     cdef Job job
-    cdef Py_ssize_t block, blocks, bad = -1
-    cdef cnp.ndarray partial
+    cdef Py_ssize_t block, blocks, bad
+    cdef cnp.ndarray partial, found
     cdef double* sums
+    cdef Py_ssize_t* bads
     memset(&job, 0, sizeof(job))
     job.rows, job.num_classes = cnp.PyArray_SIZE(target), num_classes
     add_target(&job, target, ignore_index)
@@ -2456,23 +2457,23 @@ def check_target(
     if blocks == 1:
         bad = check_block(&job, 0, &job.scale)
         return bad, job.scale
-    partial = np.empty(blocks)
-    sums = <double*>cnp.PyArray_DATA(partial)
+    partial, found = np.empty(blocks), np.empty(blocks, np.intp)
+    sums, bads = <double*>cnp.PyArray_DATA(partial), <Py_ssize_t*>cnp.PyArray_DATA(found)
     if num_threads == 1:
         with nogil:
             for block in range(blocks):
-                check_block(&job, block, &sums[block])
+                bads[block] = check_block(&job, block, &sums[block])
     else:
         for block in prange(blocks, nogil=True, schedule="static", num_threads=num_threads):
-            check_block(&job, block, &sums[block])
+            bads[block] = check_block(&job, block, &sums[block])
     for block in range(blocks):
-        if sums[block] < 0.0:
-            return check_block(&job, block, &sums[block]), 0.0
+        if bads[block] >= 0:
+            return bads[block], 0.0
     return -1, float(partial.sum())
 
 
 cdef Py_ssize_t check_block(const Job* job, Py_ssize_t block, double* total) noexcept nogil:
-    """The first bad target of a block, or -1; total receives the sum of the weights, or -1."""
+    """The first bad target of a block, or -1; then total receives the sum of the weights."""
     cdef int64_t target[LANES]
     cdef double lane[LANES]
     cdef double weight
@@ -2489,7 +2490,6 @@ cdef Py_ssize_t check_block(const Job* job, Py_ssize_t block, double* total) noe
             bad |= (target[i] != job.ignore_index) & (
                 <uint64_t>target[i] >= <uint64_t>job.num_classes)
         if bad:
-            total[0] = -1.0
             for i in range(n):
                 if target[i] != job.ignore_index and not 0 <= target[i] < job.num_classes:
                     return row + i

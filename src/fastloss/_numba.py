@@ -900,8 +900,8 @@ def _far_sum(g, p, step, n, log_probs):
 
 @_inline
 def _times(weight, value):
-    """weight * value, where 0 * inf counts as 0."""
-    return weight if weight == 0 else weight * value
+    """weight * value, where 0 * inf counts as 0, and -0 as +0."""
+    return abs(weight) if weight == 0 else weight * value
 
 
 @_summing
@@ -1096,10 +1096,10 @@ def _read_indices(target, first, n, y):
 @_inline
 def _read_targets(
     r, target, weight, sample_weight, first, n, num_classes, ignore_index, smoothing, z_loss,
-    weight_sum,
+    largest,
 ):  # fmt: skip
     """Targets, and the weights of their rows: 0 where a row counts for nothing."""
-    smooth = smoothing * weight_sum != 0.0 or z_loss != 0.0
+    smooth = z_loss != 0.0 or (smoothing != 0.0 and largest != 0.0)
     y = _lanes(np.int64)
     _read_indices(target, first, n, y)
     for i in range(n):
@@ -1931,7 +1931,7 @@ def _cross_entropy_share(
             own_tile = tile[start - first :]
             _read_targets(
                 r, target, weight, sample_weight, start, n, num_classes, ignore_index,
-                smoothing, z_loss, weight_sum,
+                smoothing, z_loss, largest,
             )  # fmt: skip
             if tiled:
                 _reduce_tile(
@@ -2269,9 +2269,9 @@ def _nll_backward_share(
 
 @_entry
 def _check_share(
-    target, weight, sample_weight, size, num_classes, ignore_index, sums, units, thread, threads
+    target, weight, sample_weight, size, num_classes, ignore_index, found, units, thread, threads
 ):
-    """The sum of the weights of each block, or -1 where a target is out of range."""
+    """Of each block the sum of the weights, and whether a target is out of range."""
     mode = _set_float_mode(IEEE)
     y = _lanes(np.int64)
     lane = _lanes(np.float64)
@@ -2293,8 +2293,8 @@ def _check_share(
                         row_weight = sample_weight[start + i] if sample_weight.size else 1.0
                         lane[i] += row_weight * (weight[y[i]] if weight.size else 1.0)
         weighted = weight.size or sample_weight.size
-        total = _fold(lane) if weighted else np.float64(used)
-        sums[block] = -1.0 if bad else total
+        found[0, block] = _fold(lane) if weighted else np.float64(used)
+        found[1, block] = bad != 0
     _set_float_mode(mode)
 
 
@@ -2354,16 +2354,17 @@ def check_target(target, weight, sample_weight, num_classes, ignore_index, num_t
     """Flat index of the first target out of range, or -1; and the divisor of the mean."""
     size = target.size
     units = -(-size // CHECK_BLOCK)
-    sums = np.empty(units)
+    found = np.empty((2, units))
     arguments = (
         _integers(target), _or_absent(weight), _or_absent(sample_weight), size, num_classes,
-        ignore_index, sums,
+        ignore_index, found,
     )  # fmt: skip
     _run(_check_share, arguments, units, min(num_threads, units))
-    if units == 1 and sums[0] >= 0:
-        return -1, sums.item()
-    if units and sums.min() < 0:
-        start = int(sums.argmin()) * CHECK_BLOCK
+    if units == 1 and not found.item(1):
+        return -1, found.item(0)
+    sums, bads = found
+    if bads.any():
+        start = int(bads.argmax()) * CHECK_BLOCK
         block = target.reshape(-1)[start : start + CHECK_BLOCK]
         bad = (block != ignore_index) & ((block < 0) | (block >= num_classes))
         return start + int(bad.argmax()), 0.0
@@ -2484,11 +2485,11 @@ def _or_absent(array):
 
 
 def _relative(weight, logits):
-    """Class weights over the largest, in the compute type; and the largest."""
+    """Class weights over the largest in magnitude, in the compute type; and that."""
     if weight is None:
         return _read_only(np.empty(0, _compute_dtype(logits))), 1.0
-    largest = float(weight.max()) or 1.0
-    return _read_only((weight / largest).astype(_compute_dtype(logits))), largest
+    largest = float(np.abs(weight).max())
+    return _read_only((weight / (largest or 1.0)).astype(_compute_dtype(logits))), largest
 
 
 def _outputs(logits, losses, grad):

@@ -96,7 +96,8 @@ def cross_entropy(
     w = np.ones(num_classes) if weight is None else weight
     w_y = w[y]
     row_weight = _row_weight(used, sample_weight)
-    row_weight[(w_y == 0) & (label_smoothing * w.sum() == 0) & (z_loss == 0)] = 0
+    if not z_loss and not (label_smoothing and w.any()):
+        row_weight[w_y == 0] = 0
     w = w[None, :, None]
     u = label_smoothing / num_classes
 

@@ -16,7 +16,7 @@ def row_factors(upstream: Tensor | float, inputs: Inputs, options: Options) -> T
         rows = rows * inputs.sample_weight
     if options.reduction == "mean":
         divisor = options.normalizer or counted(inputs, options.ignore_index).sum()
-        rows = torch.where(rows == 0, 0, rows / divisor)
+        rows = torch.where((rows == 0) | (divisor == 0), 0, rows / divisor)
     return (rows * upstream).to(compute_dtype(inputs.scores.dtype))
 
 
