@@ -377,7 +377,7 @@ def _kept(
         used = target[:, 0] != ignored
         counts &= used
         smoothing, z_loss = options  # by which a row counts whatever its target's weight
-        if class_weight is not None and smoothing * class_weight.sum() == z_loss == 0:
+        if class_weight is not None and not z_loss and not (smoothing and class_weight.any()):
             classes = np.where(used, target[:, 0], 0).astype(np.intp)
             # Another thread may have changed the target since it was checked.
             counts &= class_weight.take(classes, mode="clip") != 0
