@@ -347,9 +347,11 @@ def test_probabilities_of_every_float_dtype(dtype, backend):
             assert_close(value, bound, x.dtype)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64, np.uint8, BFLOAT16])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64, np.uint8, BFLOAT16, bool])
 def test_weights_of_every_real_dtype(dtype, backend):
     w, s = np.arange(70) % 5, np.arange(30) % 3
+    if dtype is bool:
+        w, s = w % 2, s % 2
     expected = fl.cross_entropy_with_grad(
         X, Y, weight=w.astype(float), sample_weight=s.astype(float), backend=backend
     )
@@ -358,6 +360,17 @@ def test_weights_of_every_real_dtype(dtype, backend):
     )
     assert loss == expected[0]
     np.testing.assert_array_equal(grad, expected[1])
+
+
+def test_negative_sums_of_weights_are_no_bad_targets(backend):
+    """Nor the other way round, in the first block of targets and in a later one."""
+    x, y, s = np.zeros((20_000, 2)), np.zeros(20_000, int), np.full(20_000, -1.0)
+    for n in (3, 20_000):
+        options = {"sample_weight": s[:n], "backend": backend}
+        assert fl.cross_entropy(x[:n], y[:n], **options) == pytest.approx(np.log(2))
+        bad = np.where(np.arange(n) >= n - 2, 2, 0)
+        with pytest.raises(IndexError, match=rf"^target\[{n - 2}\] = 2 is out of range for 2"):
+            fl.cross_entropy(x[:n], bad, **options)
 
 
 def test_the_mean_divides_by_the_weights_that_count(backend):

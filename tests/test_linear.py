@@ -71,6 +71,11 @@ class Problem:
             self.target = (t / t.sum(axis=1, keepdims=True)).astype(dtype)
         if "ignore_index" in self.options:
             self.target[rng.random(n) < 0.3] = IGNORED
+        if "signed" in self.options:
+            del self.options["signed"]
+            for name in {"weight", "sample_weight"} & set(self.options):
+                weights = self.options[name]
+                self.options[name] = np.where(np.arange(len(weights)) % 4 == 0, -weights, weights)
 
     @property
     def arguments(self):
@@ -122,8 +127,25 @@ OPTIONS = [
     ("z_loss",),
     ("probabilities",),
     ("linear_bias", "l2", "sum", "ignore_index", "weight", "sample_weight"),
-    ("linear_bias", "l2", "weight", "sample_weight", "label_smoothing", "z_loss", "ignore_index"),
-    ("linear_bias", "none", "weight", "sample_weight", "probabilities", "label_smoothing"),
+    (
+        "linear_bias",
+        "l2",
+        "weight",
+        "sample_weight",
+        "signed",
+        "label_smoothing",
+        "z_loss",
+        "ignore_index",
+    ),
+    (
+        "linear_bias",
+        "none",
+        "weight",
+        "sample_weight",
+        "signed",
+        "probabilities",
+        "label_smoothing",
+    ),
 ]
 
 
@@ -604,7 +626,7 @@ ERRORS = [
     ({"target": Y - 1}, IndexError, r"target\[0\] = -1 is out of range for 5 classes"),
     ({"target": X}, ValueError, r"target has shape \(4, 3\), expected \(4, 5\)"),
     ({"weight": Y}, ValueError, r"weight has shape \(4,\), expected \(5,\)"),
-    ({"sample_weight": -Y}, ValueError, r"sample_weight\[1\] = -1.0 is not a finite number"),
+    ({"sample_weight": Y * np.nan}, ValueError, r"sample_weight\[0\] = nan is not a finite number"),
     ({"l2": -1}, ValueError, "l2 = -1.0 is not a finite number of at least 0"),
     ({"l2": np.nan}, ValueError, "l2 = nan is not a finite number"),
     ({"l2": "1"}, TypeError, "l2 = '1' is not a real number"),

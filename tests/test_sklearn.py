@@ -72,6 +72,20 @@ def agree(ours, theirs, X, tolerance=1e-4):
     )
 
 
+@pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
+def test_negative_class_weights(solver, backend):
+    """Without an intercept, which could go to infinity, there is an optimum for them."""
+    X, y = load_iris(return_X_y=True)
+    X, weights = (X - X.mean(axis=0)) / X.std(axis=0), {0: 1.0, 1: 1.5, 2: -0.1}
+    options = {"fit_intercept": False, "class_weight": weights}
+    theirs = LogisticRegression(C=0.1, tol=1e-10, max_iter=5000, **options).fit(X, y)
+    ours = SoftmaxClassifier(
+        solver=solver, l2=1 / (2 * 0.1 * total_weight(y, None, weights)), tol=1e-8, max_iter=500,
+        batch_size=150, schedule="constant", n_iter_no_change=500, backend=backend, **options,
+    ).fit(X, y)  # fmt: skip
+    agree(ours, theirs, X)
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "sample_weight"])
 @pytest.mark.parametrize("class_weight", [None, "balanced", CLASS_WEIGHT], ids=["1", "b", "dict"])
 @pytest.mark.parametrize("C", [0.01, 1.0, 100.0])

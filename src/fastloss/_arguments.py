@@ -274,18 +274,16 @@ def _sample_weight(value: ArrayLike | None, rows: Rows) -> np.ndarray | None:
 
 def _weights(value: ArrayLike, shape: tuple[int, ...], name: str, reason: str) -> np.ndarray:
     array = _plain_array(value, name)
-    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
         raise _wrong_dtype(value, array, name, "real numbers")
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape} {reason}")
     array = _behaved(array).astype(_FLOAT64, copy=False)
-    good = np.isfinite(array) & (array >= 0)
-    if not good.all():
-        place = np.argwhere(~good)[0]
+    finite = np.isfinite(array)
+    if not finite.all():
+        place = np.argwhere(~finite)[0]
         subscript = f"[{', '.join(map(str, place))}]" if shape else ""
-        raise ValueError(
-            f"{name}{subscript} = {array[tuple(place)]} is not a finite number of at least 0"
-        )
+        raise ValueError(f"{name}{subscript} = {array[tuple(place)]} is not a finite number")
     return array
 
 

@@ -366,10 +366,9 @@ def _kept(labels: Labels, options: Options) -> np.ndarray | None:
     if not labels.soft:
         used = target[:, 0] != options.ignore_index
         counts &= used
+        smooth = options.label_smoothing and class_weight is not None and class_weight.any()
         # By either of these a row counts whatever its target's weight.
-        if class_weight is not None and (
-            options.label_smoothing * class_weight.sum() == options.z_loss == 0
-        ):
+        if class_weight is not None and not options.z_loss and not smooth:
             classes = np.where(used, target[:, 0], 0).astype(np.intp)
             # Another thread may have changed the target since it was checked.
             counts &= class_weight.take(classes, mode="clip") != 0

@@ -60,6 +60,8 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     class_weight : dict, "balanced" or None
         A finite weight per label, 1 where the dict has none.  "balanced" weighs classes by the
         inverse of their share in `y` (and in `sample_weight`; without one they count for nothing).
+        Below 0 it leads away from a class; there is an optimum then with an `l2` and without an
+        intercept only.
     solver : {"lbfgs", "sgd"}
         ``"lbfgs"`` uses all samples for every step and goes on to the optimum.  ``"sgd"`` is
         mini-batch gradient descent with momentum, in an order shuffled anew for every epoch.

@@ -217,7 +217,7 @@ def _spoil_dtype(rnd, arguments, name, array):
     if name in ("inputs", "linear_weight", "linear_bias"):
         dtypes = [*dtypes, *(dtype for dtype in hostile.REALS if dtype != array.dtype)]
     else:
-        dtypes = [dtype for dtype in dtypes if dtype.char != "g"]  # any real number will do
+        dtypes = [dtype for dtype in dtypes if not hostile.is_read(dtype, name)]
     spoiled = np.zeros(array.shape, rnd.choice(dtypes))
     if _is_sparse(arguments[name]) and spoiled.dtype.kind in "iu":
         spoiled = sparse.csr_array(spoiled)
@@ -314,11 +314,11 @@ def _right(plain):
     info = np.finfo(dtype)
     unit = float(info.eps) * (32 + max(*x.shape, *w.shape))
     sizes = np.max(_size(x) @ _size(w).T + _size(b), axis=1) + np.log(len(w)) + 1
-    weights = shares * max(1.0, 0.0 if classes is None else classes.max())
+    weights = np.abs(shares) * max(1.0, 0.0 if classes is None else np.abs(classes).max())
     steep = (1.0 if target.ndim == 1 else 1 + _size(target).sum(axis=1)) + 2 * z_loss * sizes
     g_error = weights * (steep * np.minimum(8 * unit * sizes, 1) + 2 * z_loss * unit * sizes)
     loss_error = weights * steep * 2 * unit * sizes
-    far = ~(sizes * (1 + weights * steep * max(divisor, 1)) < info.max / 10)
+    far = ~(sizes * (1 + weights * steep * max(abs(divisor), 1)) < info.max / 10)
     g_error, loss_error = (
         np.where(idle, 0, np.where(far, np.inf, error)) for error in (g_error, loss_error)
     )

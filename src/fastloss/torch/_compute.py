@@ -151,8 +151,8 @@ def gradient(
 ) -> Tensor:
     """The gradient with respect to the scores, given that with respect to the loss.
 
-    It is rounded once: the kernels take `upstream` as their divisor, or as weights of the rows.
-    Those are positive and finite; what is not costs another pass.
+    It is rounded once: the kernels take `upstream` as their divisor, which is positive, or as
+    weights of the rows.  Both are finite; what is not costs another pass.
     """
     value = uniform(upstream)
     if value is not None:
@@ -167,12 +167,12 @@ def gradient(
     if not bool(rows.isfinite().all()):
         _, grad = losses_and_gradient(inputs, options, out)
         return times(grad, upstream)
-    _, grad = losses_and_gradient(inputs._replace(sample_weight=rows.abs()), options, out)
-    return times(grad, rows.sign()) if bool((rows < 0).any()) else grad
+    _, grad = losses_and_gradient(inputs._replace(sample_weight=rows), options, out)
+    return grad
 
 
 def weighted_rows(upstream: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Gradients with respect to the losses of the rows, as weights of these, which may be < 0."""
+    """Gradients with respect to the losses of the rows, as weights of these."""
     rows = upstream.detach().to(torch.float64)
     return rows if sample_weight is None else rows * sample_weight.detach()
 
@@ -203,11 +203,11 @@ def _divided(value: float, inputs: Inputs, options: Options) -> tuple[Options, f
     divisor = 1.0
     if options.reduction == "mean":
         divisor = options.normalizer or float(counted(inputs, options.ignore_index).sum())
-    normalizer = divisor / abs(value) if value else math.inf
-    if not 0.0 < normalizer < math.inf:  # NaN, infinite, 0; or no row counts
+    normalizer = divisor / value if value else math.inf
+    if not 0.0 < abs(normalizer) < math.inf:  # NaN, infinite, 0; or no row counts
         return options, value
-    divided = options._replace(reduction="mean", normalizer=normalizer)
-    return divided, math.copysign(1.0, value)
+    divided = options._replace(reduction="mean", normalizer=abs(normalizer))
+    return divided, math.copysign(1.0, normalizer)
 
 
 def counted(inputs: Inputs, ignore_index: int) -> Tensor:

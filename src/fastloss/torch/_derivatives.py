@@ -18,7 +18,7 @@ def row_factors(upstream: Tensor | float, inputs: Inputs, options: Options) -> T
         divisor = options.normalizer
         if divisor is None:
             divisor = counted(inputs, options.ignore_index).sum()
-        rows = torch.where(rows == 0, 0, rows / divisor)
+        rows = torch.where((rows == 0) | (divisor == 0), 0, rows / divisor)
     return (rows * upstream).to(compute_dtype(inputs.scores.dtype))
 
 

@@ -159,15 +159,8 @@ def _gradients(
     if not bool(rows.isfinite().all()):
         return _differentiable_gradients(upstream, inputs, options, l2, needed)
     options = options._replace(reduction="sum")
-    parts = [  # weights are positive
-        inputs._replace(sample_weight=part) for part in (rows.clamp(min=0), rows.clamp(max=0).neg())
-    ]
-    _, *gradients = _losses_and_gradients(parts[0], options, l2, needed)
-    if bool((rows < 0).any()):
-        _, *others = _losses_and_gradients(parts[1], options, l2, needed)
-        for grad, other in zip(gradients, others, strict=True):
-            if grad is not None:
-                grad.sub_(other)
+    inputs = inputs._replace(sample_weight=rows)
+    _, *gradients = _losses_and_gradients(inputs, options, l2, needed)
     return gradients
 
 

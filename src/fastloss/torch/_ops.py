@@ -5,6 +5,7 @@ reduced loss comes from the same pass as the loss.  Below are operators, loss an
 for ``torch.compile``, ``torch.func``, fake tensors and second derivatives.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -296,7 +297,8 @@ def _batch_loss(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
     if options.reduction == "none":
         return rows, 0
     total = rows.to(torch.float64).reshape(info.batch_size, -1).sum(1)
-    return (total / _divisors(info, in_dims[6], merged, options)).to(rows.dtype), 0
+    divisors = _divisors(info, in_dims[6], merged, options)
+    return torch.where(divisors == 0, math.nan, total / divisors).to(rows.dtype), 0
 
 
 loss = _operator("loss", _compute_loss, _fake_loss, _save_loss, _differentiate_loss, _batch_loss)

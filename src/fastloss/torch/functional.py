@@ -160,7 +160,7 @@ def cross_entropy(
         probabilities of any float dtype, shaped like `input`.  These are taken as they are, as by
         PyTorch: nothing checks that none is negative and that they sum to 1.
     weight : Tensor, shape (C), optional
-        A weight per class, finite and at least 0.
+        A weight per class, finite and of either sign.
     size_average, reduce : None
         PyTorch's legacy arguments, refused: use `reduction`.
     ignore_index : int
@@ -168,12 +168,14 @@ def cross_entropy(
     reduction : {"mean", "sum", "none"}
         The mean divides by the sum of ``weight[target] * sample_weight`` over the rows not
         ignored; with probabilities, by the sum of the sample weights or the number of rows.
+        Where that is 0 the mean is NaN, and its gradient 0.
     label_smoothing : float
         The share of the target that is spread over all classes, from 0 to 1.
     z_loss : float
         The weight of the square of the log of the sum of exponentials, at least 0.
     sample_weight : Tensor, shape of `input` without the class dimension, optional
-        A weight per row, finite and at least 0.
+        A weight per row, finite and of either sign, or bool: a mask.  With the advantages of the
+        actions that are the targets, this is the loss of a policy gradient.
     normalizer : float or Tensor of one number, optional
         Replaces the divisor of the mean.  It may change from step to step under `torch.compile`, as
         may the other numbers, and a tensor need not be read for that with ``item()``.
