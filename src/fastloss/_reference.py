@@ -71,9 +71,9 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
 
 def _cross_entropy(logits, labels, options, scale, losses, grad):
     target, weight, sample_weight = labels
-    ignore_index, label_smoothing, z_loss = options
+    label_smoothing, z_loss = options.label_smoothing, options.z_loss
     num_classes = logits.shape[1]
-    used = target != ignore_index
+    used = target != options.ignore_index
     y = np.where(used, target, 0).astype(np.intp)[:, None, :]
     w = np.ones(num_classes) if weight is None else weight
     w_y = w[y]
@@ -113,7 +113,7 @@ def _cross_entropy(logits, labels, options, scale, losses, grad):
 
 def _cross_entropy_soft(logits, labels, options, scale, losses, grad):
     target, weight, sample_weight = labels
-    _, label_smoothing, z_loss = options
+    label_smoothing, z_loss = options.label_smoothing, options.z_loss
     num_classes = logits.shape[1]
     row_weight = _row_weight(np.ones((logits.shape[0], logits.shape[2]), bool), sample_weight)
     w = np.ones(num_classes) if weight is None else weight
