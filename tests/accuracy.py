@@ -26,6 +26,7 @@ from support.cases import Case, Layout
 
 import fastloss as fl
 from fastloss import _cython
+from fastloss._operations import VARIANTS
 from fastloss._tools import check
 from fastloss._tools.report import insert, markdown
 
@@ -50,37 +51,32 @@ class Operation(NamedTuple):
     measures: dict[str, str]  # by the name in the table: what an ulp is that of
 
 
-def _loss(name, function, inputs, arrays=(), gradient="row", **options):
-    case = Case(name, function, inputs, arrays, {"reduction": "none", **options})
+def _map(operation):
+    """What an ulp is that of: differences may vanish, their terms do not."""
+    measure = {"map": "value", "backward": "terms"}[operation.family]
+    if operation.returns == "rows":
+        measure = "maximum"
+    case = Case(operation.name, getattr(fl, operation.name), operation.inputs)
+    return Operation(case, {operation.name: measure})
+
+
+def _loss(variant):
+    name, operation = str(variant), variant.operation
+    target = "target, probabilities" if variant.soft else "target"
+    options = {"reduction": "none", **variant.options}
+    function = getattr(fl, f"{operation.name}_with_grad")
+    case = Case(name, function, (operation.scores, target), variant.arrays, options)
+    gradient = "terms" if variant.soft or "label_smoothing" in options else "row"
     return Operation(case, {f"{name}: loss": "value", f"{name}: gradient": gradient})
 
 
-def _map(function, inputs, measure):
-    name = function.__name__
-    return Operation(Case(name, function, inputs), {name: measure})
-
-
-_HARD = ("logits", "target")
-_SOFT = ("logits", "target, probabilities")
-_CE = "cross_entropy"
+# Of the losses; what these leave out is part of one of them.
+TITLES = ("", "z_loss", "all", "soft")
 OPERATIONS = {
-    operation.case.name: operation
-    for operation in [
-        _map(fl.softmax, ("logits",), "value"),
-        _map(fl.log_softmax, ("logits",), "value"),
-        _map(fl.logsumexp, ("logits",), "maximum"),
-        _map(fl.softmax_backward, ("grad_output", "probs"), "terms"),
-        _map(fl.log_softmax_backward, ("grad_output", "log_probs"), "terms"),
-        _loss("nll_loss", fl.nll_loss_with_grad, ("log_probs", "target"), ("weight",)),
-        _loss(_CE, fl.cross_entropy_with_grad, _HARD),
-        _loss(
-            f"{_CE} weights, smoothing", fl.cross_entropy_with_grad, _HARD,
-            ("weight", "sample_weight"), "terms", label_smoothing=0.1,
-        ),
-        _loss(f"{_CE} z_loss", fl.cross_entropy_with_grad, _HARD, z_loss=0.01),
-        _loss(f"{_CE} soft targets", fl.cross_entropy_with_grad, _SOFT, (), "terms"),
-    ]
-}  # fmt: skip
+    name: _loss(variant) if variant.operation.family == "loss" else _map(variant.operation)
+    for name, variant in VARIANTS.items()
+    if variant.title in TITLES
+}
 
 # Samples in the SIMD lanes and classes in them, one block and many, the class axis last and not.
 LAYOUTS = [

@@ -51,9 +51,9 @@ def test_half_types_are_computed_in_float32_and_rounded_once(case, layout, dtype
 
 @pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
 @pytest.mark.parametrize("layout", [*SOME_LAYOUTS, Layout(1, 128256)], ids=str)
-@pytest.mark.parametrize("name", ["grad none", "grad smoothing", "soft grad"])
+@pytest.mark.parametrize("name", ["grad none", "grad label_smoothing", "soft grad"])
 def test_gradient_rows_sum_to_zero(name, layout, dtype, backend):
-    case = cases.by_name[name]
+    case = cases.by_name[f"cross_entropy {name}"]
     problem = case.problem(layout.n, layout.num_classes, dtype)
     if name == "soft grad":  # probabilities that sum to 1, and not nearly: powers of 2
         target = np.zeros(problem[1].shape, dtype)
@@ -73,7 +73,7 @@ def test_gradient_rows_sum_to_zero(name, layout, dtype, backend):
 
 def test_a_million_rows_of_ten(backend):
     """In one call; the oracle, which is slow, looks at every 16th row."""
-    case, layout = cases.by_name["grad none"], Layout(10**6, 10)
+    case, layout = cases.by_name["cross_entropy grad none"], Layout(10**6, 10)
     x, y = case.problem(layout.n, layout.num_classes, np.float32)
     losses, grad = case.call(layout, (x, y), backend=backend)
     expected = oracles.cross_entropy_with_grad(x[::16], y[::16], reduction="none")
@@ -94,7 +94,9 @@ def test_the_mean_over_ten_million_rows(backend):
     assert_close(losses[sample], expected[0], x.dtype)
 
 
-@pytest.mark.parametrize("name", ["grad all", "soft grad all", "nll grad all"])
+@pytest.mark.parametrize(
+    "name", ["cross_entropy grad all", "cross_entropy soft grad all", "nll_loss grad all"]
+)
 @pytest.mark.parametrize("dtype", [*FLOATS, HALVES[0]], ids=str)
 @pytest.mark.parametrize(
     "layout", [Layout(*shape) for shape in [(100, 7), (100, 350), (2, 7, 50), (1, 350, 100)]],

@@ -7,6 +7,7 @@ import pytest
 from support.cases import BFLOAT16
 
 import fastloss as fl
+from fastloss._operations import BY_FUNCTION
 
 N, C = 6, 10
 F32 = np.dtype(np.float32)
@@ -16,14 +17,14 @@ def good(name):
     """Arguments of each function that are right; each case below makes one of them wrong."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N, C)).astype(F32)
-    if name in ("softmax", "log_softmax", "logsumexp"):
-        return {"logits": x}
-    if name == "softmax_backward":
-        return {"grad_output": x, "probs": np.full_like(x, 0.1)}
-    if name == "log_softmax_backward":
-        return {"grad_output": x, "log_probs": np.full_like(x, -2.3)}
-    logits = "log_probs" if name.startswith("nll") else "logits"
-    return {logits: x, "target": rng.integers(0, C, N)}
+    arrays = {
+        "logits": x,
+        "grad_output": x,
+        "probs": np.full_like(x, 0.1),
+        "log_probs": np.full_like(x, -2.3),
+        "target": rng.integers(0, C, N),
+    }
+    return {argument: arrays[argument] for argument in BY_FUNCTION[name].inputs}
 
 
 def replaced(array, index, value):
@@ -34,14 +35,16 @@ def replaced(array, index, value):
 
 X = np.zeros((N, C), F32)
 Y = np.arange(N)
-SCORES = ("softmax", "log_softmax", "logsumexp", "cross_entropy", "cross_entropy_with_grad")
-MAPS = ("softmax", "log_softmax")
-BACKWARD = ("softmax_backward", "log_softmax_backward")
-CROSS_ENTROPY = ("cross_entropy", "cross_entropy_with_grad")
-NLL = ("nll_loss", "nll_loss_with_grad")
-LOSSES = CROSS_ENTROPY + NLL
-EVERY = SCORES + BACKWARD + NLL
-WITH_OUT = (*MAPS, *BACKWARD, "cross_entropy_with_grad", "nll_loss_with_grad")
+EVERY = tuple(BY_FUNCTION)
+SCORES = tuple(name for name in EVERY if BY_FUNCTION[name].scores == "logits")
+NLL = tuple(name for name in EVERY if BY_FUNCTION[name].inputs == ("log_probs", "target"))
+BACKWARD = tuple(name for name in EVERY if BY_FUNCTION[name].family == "backward")
+LOSSES = tuple(name for name in EVERY if BY_FUNCTION[name].family == "loss")
+CROSS_ENTROPY = tuple(name for name in LOSSES if BY_FUNCTION[name].soft)
+WITH_OUT = tuple(
+    name for name in EVERY if BY_FUNCTION[name].returns == "logits" or name.endswith("_with_grad")
+)
+MAPS = tuple(name for name in WITH_OUT if BY_FUNCTION[name].family == "map")
 FLOATS = "expected integers or float32, float64, float16, bfloat16"
 LARGE = 2**64 - 1
 

@@ -105,7 +105,15 @@ def test_within_bounds(case, end, backend):
 
 
 @compiled
-@pytest.mark.parametrize("name", ["loss none", "grad sample_weight", "nll none", "nll grad all"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cross_entropy none",
+        "cross_entropy grad sample_weight",
+        "nll_loss none",
+        "nll_loss grad all",
+    ],
+)
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_targets_of_every_width(name, dtype, end, backend):
     case = by_name[name]
@@ -128,8 +136,8 @@ def test_large_results(dtype, layout, end, backend):
     problems = {
         "softmax": [rows],
         "softmax_backward": [rows, rows],
-        "grad": [rows, target],
-        "nll grad": [rows, target],
+        "cross_entropy grad": [rows, target],
+        "nll_loss grad": [rows, target],
     }
     for name, problem in problems.items():
         call(by_name[name], layout, problem, end, backend=backend, num_threads=2)

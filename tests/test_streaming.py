@@ -82,7 +82,10 @@ def writes_past_the_caches(case, layout, dtype, backend, *, in_place=False):
 
 
 LAYOUTS = [Layout(*shape) for shape in [(1 << 17, 32), (4096, 1024), (1, 32, 1 << 17)]]
-NAMES = ["softmax", "log_softmax", "softmax_backward", "log_softmax_backward", "grad", "soft grad"]
+NAMES = [
+    "softmax", "log_softmax", "softmax_backward", "log_softmax_backward", "cross_entropy grad",
+    "cross_entropy soft grad",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["in tiles", "in rows", "along an inner axis"])

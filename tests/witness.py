@@ -86,7 +86,7 @@ def _extremes():
 
 def _targets():
     for name, integer, layout in itertools.product(
-        ("grad none", "nll grad"), INTEGERS, SOME_LAYOUTS
+        ("cross_entropy grad none", "nll_loss grad"), INTEGERS, SOME_LAYOUTS
     ):
         case = cases.by_name[name]
         scores, target = case.problem(layout.n, layout.num_classes, FLOATS[0])
@@ -100,10 +100,10 @@ def _streamed():
         "log_softmax",
         "softmax_backward",
         "log_softmax_backward",
-        "grad",
-        "grad all",
-        "soft grad all",
-        "nll grad",
+        "cross_entropy grad",
+        "cross_entropy grad all",
+        "cross_entropy soft grad all",
+        "nll_loss grad",
     )
     for name, layout, dtype in itertools.product(names, STREAMED, FLOATS + HALVES[:1]):
         case = cases.by_name[name]

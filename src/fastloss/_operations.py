@@ -34,14 +34,19 @@ class Operation(NamedTuple):
         return self.inputs[0] if self.family == "loss" else self.inputs[-1]
 
     @property
+    def functions(self) -> tuple[str, ...]:
+        """Its public names."""
+        return (self.name, f"{self.name}_with_grad") if self.family == "loss" else (self.name,)
+
+    @property
     def variants(self) -> "Iterator[Variant]":
         """With nothing optional, with all arrays, with each number, with everything."""
         yield Variant(self, "")
-        if self.arrays:
+        if self.options:
             yield Variant(self, "weights", self.arrays)
         for option, value in self.options.items():
             yield Variant(self, option, (), {option: value})
-        if self.options:
+        if self.arrays:
             yield Variant(self, "all", self.arrays, self.options)
         if self.soft:
             yield Variant(self, "soft", soft=True)
@@ -79,10 +84,7 @@ OPERATIONS = {
 }  # fmt: skip
 
 
-def of_family(*families: str) -> list[Operation]:
-    return [operation for operation in OPERATIONS.values() if operation.family in families]
-
-
+BY_FUNCTION = {name: operation for operation in OPERATIONS.values() for name in operation.functions}
 VARIANTS = {
     str(variant): variant for operation in OPERATIONS.values() for variant in operation.variants
 }

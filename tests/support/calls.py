@@ -11,6 +11,7 @@ from multiprocessing import get_context
 import numpy as np
 
 import fastloss as fl
+from fastloss._operations import OPERATIONS
 
 _rng = np.random.default_rng(0)
 X = _rng.normal(size=(3000, 20)).astype(np.float32)  # each of these is enough for two threads
@@ -22,15 +23,19 @@ CLASSES = _rng.integers(0, 21, (2, 30, 40))
 SOFT = _rng.dirichlet(np.ones(20), len(X)).astype(np.float32)
 W = _rng.normal(size=(300, 20)).astype(np.float32)
 
-CALLS = {
-    "softmax": lambda how: fl.softmax(X, **how),
+ARRAYS = {"logits": X, "grad_output": X, "probs": P, "log_probs": np.log(P), "target": Y}
+
+
+def _call(operation):
+    function = getattr(fl, operation.functions[-1])
+    arrays = [ARRAYS[name] for name in operation.inputs]
+    return lambda how: function(*arrays, **operation.options, **how)
+
+
+CALLS = {operation.name: _call(operation) for operation in OPERATIONS.values()} | {
     "softmax of long rows": lambda how: fl.softmax(LONG, **how),
-    "log_softmax": lambda how: fl.log_softmax(X.astype(np.float64), **how),
-    "logsumexp": lambda how: fl.logsumexp(IMAGES, 1, **how),
-    "softmax_backward": lambda how: fl.softmax_backward(X, P, **how),
-    "log_softmax_backward": lambda how: fl.log_softmax_backward(X, np.log(P), **how),
-    "nll_loss": lambda how: fl.nll_loss_with_grad(np.log(P), Y, **how),
-    "cross_entropy": lambda how: fl.cross_entropy_with_grad(X, Y, label_smoothing=0.1, **how),
+    "log_softmax in float64": lambda how: fl.log_softmax(X.astype(np.float64), **how),
+    "logsumexp of images": lambda how: fl.logsumexp(IMAGES, 1, **how),
     "cross_entropy of images": lambda how: fl.cross_entropy_with_grad(
         IMAGES, CLASSES, axis=1, **how
     ),

@@ -1,7 +1,8 @@
 """The table of operation x arguments x oracle, and the shapes and dtypes it is run over.
 
-To add a loss to the suite, add its row to `CASES`: the accuracy, layout, thread, in-place and
-gradient tests are all generated from it. The tolerance comes with the oracle, see `oracles`.
+The cases come from the package's own table, ``_operations``: a loss that has a row there is in the
+accuracy, layout, thread, in-place and gradient tests. The tolerance comes with the oracle, see
+`oracles`.
 """
 
 import functools
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 import fastloss as fl
+from fastloss._operations import OPERATIONS
 from support import oracles
 
 IGNORED = -7  # as ignore_index, where a case has one: not the default, and not a class
@@ -104,26 +106,25 @@ class Case(NamedTuple):
         return getattr(oracles, self.function.__name__)
 
     @property
-    def returns(self):
-        """The kinds of what it returns: an array like the logits, one like the rows, a float."""
-        reduced = "rows" if self.options.get("reduction") == "none" else "float"
-        return {
-            "softmax": ("logits",),
-            "log_softmax": ("logits",),
-            "logsumexp": ("rows",),
-            "softmax_backward": ("logits",),
-            "log_softmax_backward": ("logits",),
-            "cross_entropy": (reduced,),
-            "nll_loss": (reduced,),
-        }.get(self.function.__name__, (reduced, "logits"))
-
-    @property
-    def has_out(self):
-        return "logits" in self.returns or self.function is fl.logsumexp
+    def operation(self):
+        return OPERATIONS[self.function.__name__.removesuffix("_with_grad")]
 
     @property
     def is_loss(self):
-        return self.function.__name__.startswith(("cross_entropy", "nll_loss"))
+        return self.operation.family == "loss"
+
+    @property
+    def returns(self):
+        """The kinds of what it returns: an array like the logits, one like the rows, a float."""
+        if not self.is_loss:
+            return (self.operation.returns,)
+        reduced = "rows" if self.options.get("reduction") == "none" else "float"
+        with_grad = self.function.__name__.endswith("_with_grad")
+        return (reduced, "logits") if with_grad else (reduced,)
+
+    @property
+    def has_out(self):
+        return "logits" in self.returns or not self.is_loss
 
     def problem(self, n, c, dtype):
         return _problem(self.inputs + self.arrays, n, c, np.dtype(dtype).name)
@@ -157,48 +158,46 @@ class Case(NamedTuple):
         )
 
 
-_HARD, _SOFT = ("logits", "target"), ("logits", "target, probabilities")
-_NLL = ("log_probs", "target")
-_ALL = {"label_smoothing": 0.1, "z_loss": 1e-3}
-_SIGNED = ("weight, signed", "sample_weight, signed")
-_CE, _CE_GRAD = fl.cross_entropy, fl.cross_entropy_with_grad
+_NONE = {"reduction": "none"}
 
-CASES = [
-    Case("softmax", fl.softmax, ("logits",)),
-    Case("log_softmax", fl.log_softmax, ("logits",)),
-    Case("logsumexp", fl.logsumexp, ("logits",)),
-    Case("softmax_backward", fl.softmax_backward, ("grad_output", "probs")),
-    Case("log_softmax_backward", fl.log_softmax_backward, ("grad_output", "log_probs")),
-    Case("nll", fl.nll_loss, _NLL),
-    Case("nll none", fl.nll_loss, _NLL, ("weight",), {"reduction": "none"}),
-    Case("nll grad", fl.nll_loss_with_grad, _NLL),
-    Case(
-        "nll grad all", fl.nll_loss_with_grad, ("log_probs", "target, some ignored"),
-        _SIGNED, {"ignore_index": IGNORED},
-    ),
-    Case("loss", _CE, _HARD),
-    Case("loss none", _CE, _HARD, (), {"reduction": "none"}),
-    Case("loss smoothing", _CE, _HARD, (), {"label_smoothing": 0.1, "reduction": "none"}),
-    Case("grad", _CE_GRAD, _HARD),
-    Case("grad none", _CE_GRAD, _HARD, (), {"reduction": "none"}),
-    Case("grad sum", _CE_GRAD, _HARD, (), {"reduction": "sum"}),
-    Case("grad normalizer", _CE_GRAD, _HARD, (), {"normalizer": 12.5}),
-    Case("grad weight", _CE_GRAD, _HARD, ("weight",)),
-    Case(
-        "grad sample_weight", _CE_GRAD, ("logits", "target, some ignored"), ("sample_weight",),
-        {"ignore_index": IGNORED},
-    ),
-    Case("grad smoothing", _CE_GRAD, _HARD, (), {"label_smoothing": 0.1}),
-    Case("grad smoothing 1", _CE_GRAD, _HARD, ("weight",), {"label_smoothing": 1.0}),
-    Case("grad z_loss", _CE_GRAD, _HARD, (), {"z_loss": 0.01, "reduction": "none"}),
-    Case(
-        "grad all", _CE_GRAD, ("logits", "target, some ignored"), _SIGNED,
-        {"ignore_index": IGNORED, **_ALL},
-    ),
-    Case("soft loss none", _CE, _SOFT, (), {"reduction": "none"}),
-    Case("soft grad", _CE_GRAD, _SOFT),
-    Case("soft grad all", _CE_GRAD, _SOFT, _SIGNED, _ALL),
-]  # fmt: skip
+
+def _cases(operation):
+    """With and without a gradient: nothing optional, each by itself, everything together."""
+    name, function = operation.name, getattr(fl, operation.name)
+    if operation.family != "loss":
+        yield Case(name, function, operation.inputs)
+        return
+    with_grad = getattr(fl, f"{name}_with_grad")
+    hard, signed = operation.inputs, tuple(f"{array}, signed" for array in operation.arrays)
+    ignored = operation.scores, "target, some ignored"
+    everything = {"ignore_index": IGNORED, **operation.options}
+    yield Case(name, function, hard)
+    yield Case(f"{name} none", function, hard, (), _NONE)
+    yield Case(f"{name} all none", function, ignored, signed, {**everything, **_NONE})
+    yield Case(f"{name} grad", with_grad, hard)
+    yield Case(f"{name} grad none", with_grad, hard, (), _NONE)
+    for array in operation.arrays:
+        options = {"ignore_index": IGNORED} if array == "sample_weight" else {}
+        yield Case(
+            f"{name} grad {array}", with_grad, ignored if options else hard, (array,), options
+        )
+    for option, value in operation.options.items():
+        yield Case(f"{name} grad {option}", with_grad, hard, (), {option: value, **_NONE})
+    yield Case(f"{name} grad all", with_grad, ignored, signed, everything)
+    if operation.soft:
+        soft = operation.scores, "target, probabilities"
+        yield Case(f"{name} soft none", function, soft, (), _NONE)
+        yield Case(f"{name} soft grad", with_grad, soft)
+        yield Case(f"{name} soft grad all", with_grad, soft, signed, operation.options)
+
+
+_CE_GRAD, _HARD = fl.cross_entropy_with_grad, ("logits", "target")
+CASES = [case for operation in OPERATIONS.values() for case in _cases(operation)] + [
+    # What all losses share, on one of them, and the end of a range.
+    Case("cross_entropy grad sum", _CE_GRAD, _HARD, (), {"reduction": "sum"}),
+    Case("cross_entropy grad normalizer", _CE_GRAD, _HARD, (), {"normalizer": 12.5}),
+    Case("cross_entropy grad smoothing 1", _CE_GRAD, _HARD, ("weight",), {"label_smoothing": 1.0}),
+]
 
 by_name = {case.name: case for case in CASES}
 

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 import fastloss as fl
+from fastloss._operations import BY_FUNCTION, OPERATIONS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16]
@@ -31,13 +32,15 @@ FOREIGN = [
 ] + [np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.int4), np.dtypes.StringDType()]
 EXTREMES = [0.0, -0.0, 1.0, np.inf, -np.inf, np.nan, 3e38, -3e38, 1e-45, 87.5, -88.0, 1e5, -65504]
 SIDES = [0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 127, 130, 299, 301, 1025]
-MAPS = ("softmax", "log_softmax", "logsumexp")
-BACKWARD = ("softmax_backward", "log_softmax_backward")
-LOSSES = ("cross_entropy", "cross_entropy_with_grad", "nll_loss", "nll_loss_with_grad")
-FUNCTIONS = (*MAPS, *BACKWARD, *LOSSES, "cross_entropy_with_grad", "cross_entropy_with_grad")
-WITH_OUT = (*MAPS, *BACKWARD, "cross_entropy_with_grad", "nll_loss_with_grad")
-ARRAYS = ("logits", "probs", "log_probs", "grad_output", "target", "weight", "sample_weight")
-SCORES = {"softmax_backward": "probs", "log_softmax_backward": "log_probs"}
+FUNCTIONS = tuple(BY_FUNCTION)
+FAMILY = {name: operation.family for name, operation in BY_FUNCTION.items()}
+WITH_OUT = [name for name in FUNCTIONS if FAMILY[name] != "loss" or name.endswith("_with_grad")]
+ARRAYS = tuple(
+    dict.fromkeys(
+        name for operation in OPERATIONS.values() for name in operation.inputs + operation.arrays
+    )
+)
+SCORES = tuple({operation.scores for operation in OPERATIONS.values()})
 
 
 class Call(NamedTuple):
@@ -275,15 +278,17 @@ GARBAGE = [
 
 def draw(rnd):
     """A call of any function."""
-    name = rnd.choice(FUNCTIONS)
+    # Most of all what has most to it.
+    name = rnd.choice((*FUNCTIONS, "cross_entropy_with_grad", "cross_entropy_with_grad"))
+    operation = BY_FUNCTION[name]
     memories = []
     wrong = set()
     shape = _shape(rnd)
     axis = rnd.randrange(-len(shape), len(shape))
     dtype = rnd.choice(FLOATS)
-    scores_name = SCORES.get(name, "log_probs" if name.startswith("nll") else "logits")
-    values = draw_scores(rnd, shape, dtype, tame=name in BACKWARD)
-    if name in BACKWARD:
+    scores_name, backward = operation.scores, operation.family == "backward"
+    values = draw_scores(rnd, shape, dtype, tame=backward)
+    if backward:
         values = -np.abs(values)  # of log-probabilities the exponentials are at most 1
     scores = wrap(rnd, arrange(rnd, values, memories))
     dtype = read(scores).dtype  # lists have their own
@@ -297,11 +302,11 @@ def draw(rnd):
     if shape[axis] == 0:
         wrong.add(scores_name)
     rows = shape[:axis] + shape[axis:][1:] if axis != -1 else shape[:-1]
-    if name in BACKWARD:
+    if backward:
         g = draw_scores(rnd, shape, dtype, tame=True)
         arguments["grad_output"] = arrange(rnd, g, memories)
-    if name in LOSSES:
-        draw_loss(rnd, name, arguments, wrong, shape, rows, shape[axis], memories)
+    if operation.family == "loss":
+        draw_loss(rnd, operation, arguments, wrong, shape, rows, shape[axis], memories)
     arguments["axis"] = axis
     if rnd.random() < 0.3:
         arguments["num_threads"] = rnd.choice(NUMBERS["num_threads"][0])
@@ -309,17 +314,18 @@ def draw(rnd):
         _spoil(rnd, arguments, wrong, shape)
     out_bytes = []
     if name in WITH_OUT and rnd.random() < 0.7:
-        out_shape = rows if name == "logsumexp" else shape
+        per_row = operation.family == "map" and operation.returns == "rows"
+        out_shape = rows if per_row else shape
         covered = draw_out(rnd, arguments, wrong, out_shape, dtype, memories)
         out_bytes = [covered] if covered else []
     return Call(name, arguments, frozenset(wrong), memories, out_bytes, rnd.random() < 0.1)
 
 
-def draw_loss(rnd, name, arguments, wrong, shape, rows, num_classes, memories):
+def draw_loss(rnd, operation, arguments, wrong, shape, rows, num_classes, memories):
     ignored = -100
     if rnd.random() < 0.3:
         ignored = arguments["ignore_index"] = rnd.choice(NUMBERS["ignore_index"][0])
-    if name.startswith("cross") and rnd.random() < 0.3:
+    if operation.soft and rnd.random() < 0.3:
         target = _probabilities(rnd, shape)
         if ignored != -100:
             wrong.add("ignore_index")
@@ -333,10 +339,8 @@ def draw_loss(rnd, name, arguments, wrong, shape, rows, num_classes, memories):
             values = _weights(rnd, weights_shape)
             wrapped = wrap(rnd, arrange(rnd, values, memories))
             arguments[weights] = values if np.shape(read(wrapped)) != values.shape else wrapped
-    for option in ("label_smoothing", "z_loss", "reduction", "normalizer"):
-        if rnd.random() < 0.3 and (
-            name.startswith("cross") or option in ("reduction", "normalizer")
-        ):
+    for option in (*operation.options, "reduction", "normalizer"):
+        if rnd.random() < 0.3:
             arguments[option] = rnd.choice(NUMBERS[option][0])
     if arguments.get("normalizer") is not None and arguments.get("reduction", "mean") != "mean":
         wrong.add("normalizer")
@@ -358,7 +362,7 @@ def _spoil(rnd, arguments, wrong, shape):
         if is_read(dtype, name):
             return
         arguments[name] = np.zeros(array.shape, dtype)
-    elif how == "shape" and name in ("logits", *SCORES.values()):
+    elif how == "shape" and name in SCORES:
         arguments[name] = array.reshape(-1)[:0]
     elif how == "shape":
         arguments[name] = rnd.choice([array[None], np.zeros((*array.shape, 2), array.dtype)])
