@@ -14,6 +14,7 @@ import numpy as np
 
 import fastloss as fl
 from fastloss import linear
+from fastloss._operations import OPERATIONS
 from support import hostile
 
 try:
@@ -58,8 +59,9 @@ def draw(rnd):
         wrong.add("linear_weight")
     labels = {}
     hostile.draw_loss(
-        rnd, "cross_entropy", labels, wrong, (*lead, num_classes), lead, num_classes, memories
-    )
+        rnd, OPERATIONS["cross_entropy"], labels, wrong, (*lead, num_classes), lead, num_classes,
+        memories,
+    )  # fmt: skip
     dtype = rnd.choice(DTYPES)
     arguments = _draw_layer(rnd, lead, num_classes, num_features, dtype, labels, memories) | labels
     given = ["l2", "chunk_rows", "num_threads"]
