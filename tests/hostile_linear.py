@@ -215,7 +215,9 @@ def _spoil(rnd, arguments, wrong, scores_shape):
 def _spoil_dtype(rnd, arguments, name, array):
     dtypes = hostile.FOREIGN
     if name in ("inputs", "linear_weight", "linear_bias"):
-        dtypes = [*dtypes, *(dtype for dtype in hostile.REALS if dtype != array.dtype)]
+        # Integers are read as float64.
+        others = (dtype for dtype in hostile.REALS if dtype.kind not in "iu" or array.itemsize < 8)
+        dtypes = [*dtypes, *(dtype for dtype in others if dtype != array.dtype)]
     else:
         dtypes = [dtype for dtype in dtypes if not hostile.is_read(dtype, name)]
     spoiled = np.zeros(array.shape, rnd.choice(dtypes))
