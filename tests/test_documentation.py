@@ -62,22 +62,36 @@ def test_every_public_function_has_an_example():
         assert any(test.examples for test in tests.find(function, name)), f"{name} has none"
 
 
-def readme_sessions():
-    text = (ROOT / "README.md").read_text()
-    fences = re.findall(r"^```(?:python|pycon)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def sessions(page):
+    fences = re.findall(
+        r"^```(?:python|pycon)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+    )
     return [fence for fence in fences if ">>>" in fence]
 
 
-def test_readme():
-    """Its sessions are one, from top to bottom, and print what they say they print."""
+@pytest.mark.parametrize("page", [p for p in PAGES if sessions(p)], ids=lambda page: page.name)
+def test_pages(page):
+    """The sessions of a page are one, from top to bottom, and print what they say they print."""
     names = {}
     runner = doctest.DocTestRunner(optionflags=OPTIONS)
-    for number, session in enumerate(readme_sessions(), 1):
-        test = doctest.DocTestParser().get_doctest(session, names, f"README {number}", None, 0)
+    for number, session in enumerate(sessions(page), 1):
+        test = doctest.DocTestParser().get_doctest(session, names, f"{page.name} {number}", None, 0)
         test.globs = names
         runner.run(test, clear_globs=False)
     assert runner.failures == 0
-    assert runner.tries > 0, "the README shows nothing"
+
+
+def test_what_the_readme_says_of_itself():
+    readme, measured = (ROOT / "README.md").read_text(), (ROOT / "bench/README.md").read_text()
+    assert len(readme.splitlines()) < 200
+    (places,) = re.findall(r"<summary>Where we lose in this run: (\d+)</summary>", measured)
+    assert f"the {places} places where we lose" in " ".join(readme.split())
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "bench/README.md"]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
 def mypy(*arguments, **environment):

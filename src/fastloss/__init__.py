@@ -1,5 +1,7 @@
 """Softmax, negative log-likelihood, cross-entropy and their gradients at the speed of memory."""
 
+from typing import Any
+
 from fastloss._backend import (
     available_backends,
     get_backend,
@@ -26,8 +28,6 @@ from fastloss.linear import (
     linear_cross_entropy_with_grad,
 )
 
-__version__ = "0.1.0"
-
 __all__ = [
     "LinearGradients",
     "available_backends",
@@ -50,3 +50,11 @@ __all__ = [
     "softmax_backward",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # set in meson.build; to look it up takes a while
+        from importlib.metadata import version
+
+        return version("fastloss")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
