@@ -1,8 +1,6 @@
 """The backend fixture: every test that asks for it runs on every backend and instruction set."""
 
-import functools
 import importlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import fastloss as fl
-from fastloss import _cython
+from fastloss import _backend, _cython
 
 # The same verdict every time; `--hypothesis-profile=explore` looks for new examples.
 _SHARED = {
@@ -28,23 +26,12 @@ COMPILED = ["numba", *(f"cython-{isa}" for isa in _cython.available_isas())]
 BACKENDS = ["numpy", *COMPILED]
 
 
-@functools.cache
-def _cython_build(isa):
-    """The Cython backend as it is imported where FASTLOSS_ISA forces an instruction set."""
-    spec = importlib.util.spec_from_file_location(_cython.__name__, _cython.__file__)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTLOSS_ISA", isa)
-        spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """The name to pass as ``backend=``. A backend that is missing is an error, not a skip."""
     name, _, isa = request.param.partition("-")
     if isa:
-        monkeypatch.setitem(sys.modules, _cython.__name__, _cython_build(isa))
+        monkeypatch.setitem(_backend._loaded, name, _cython.load(isa))
     assert name in fl.available_backends()
     return name
 

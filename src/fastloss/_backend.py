@@ -7,7 +7,6 @@ hurts only those who name it.
 
 import importlib
 import os
-import sys
 from types import ModuleType
 
 from fastloss._threads import get_num_threads, threads_for, usable_cpus
@@ -25,7 +24,7 @@ _INSTALL = {
     "numpy": "run `pip install numpy`",
 }
 
-_ready: set[str] = set()  # backends whose import has succeeded
+_loaded: dict[str, ModuleType] = {}  # by name, those whose import has succeeded
 _selected: ModuleType | None = None  # what calls without backend= use; None: not yet decided
 
 
@@ -45,16 +44,14 @@ def _load(name: str, argument: str) -> ModuleType:
     if not isinstance(name, str) or name not in _MODULES:
         names = ", ".join(repr(known) for known in ("auto", *_MODULES))
         raise ValueError(f"{argument} = {name!r} is not a backend; choose one of {names}")
-    if name in _ready and (module := sys.modules.get(_MODULES[name])):
-        return module
-    try:
-        module = importlib.import_module(_MODULES[name])
-        _ready.add(name)
-        return module
-    except ImportError as error:
-        raise ImportError(
-            f"backend {name!r} is not available: {_INSTALL[name]} ({error})", name=error.name
-        ) from error
+    if name not in _loaded:
+        try:
+            _loaded[name] = importlib.import_module(_MODULES[name])
+        except ImportError as error:
+            raise ImportError(
+                f"backend {name!r} is not available: {_INSTALL[name]} ({error})", name=error.name
+            ) from error
+    return _loaded[name]
 
 
 def _load_auto() -> ModuleType:
@@ -67,8 +64,8 @@ def _load_auto() -> ModuleType:
     raise ImportError("; ".join(failures))
 
 
-def _name(module: ModuleType) -> str:
-    return next(name for name, path in _MODULES.items() if path == module.__name__)
+def _name(kernels: ModuleType) -> str:
+    return next(name for name, loaded in _loaded.items() if loaded is kernels)
 
 
 def set_backend(name: str | None) -> None:

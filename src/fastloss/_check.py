@@ -5,7 +5,6 @@ shapes that reach every layout, on one thread and on two, in place and not, with
 """
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
@@ -63,7 +62,7 @@ def backends() -> tuple[dict[str, ModuleType], dict[str, str]]:
             continue
         if name == "cython":
             for isa in module.available_isas():
-                found[f"cython {isa}"] = importlib.import_module(module._BUILDS[isa][0])
+                found[f"cython {isa}"] = module.load(isa)
         else:
             found[name] = module
     return found, missing
