@@ -1,14 +1,15 @@
 """Which backend runs.
 
-A backend is a module with the functions of ``_reference``.  To add one, add a line to ``_MODULES``.
+A backend is a module as ``_contract`` describes it.  To add one, add a line to ``_MODULES``.
 Modules are imported when first asked for: ``import fastloss`` stays cheap, and a missing backend
 hurts only those who name it.
 """
 
 import importlib
 import os
-from types import ModuleType
+from typing import TYPE_CHECKING
 
+from fastloss._contract import Kernels
 from fastloss._threads import get_num_threads, threads_for, usable_cpus
 
 _MODULES = {
@@ -24,11 +25,16 @@ _INSTALL = {
     "numpy": "run `pip install numpy`",
 }
 
-_loaded: dict[str, ModuleType] = {}  # by name, those whose import has succeeded
-_selected: ModuleType | None = None  # what calls without backend= use; None: not yet decided
+if TYPE_CHECKING:  # which backends are what the contract asks for
+    from fastloss import _cython, _reference
+
+    _CHECKED: tuple[Kernels, ...] = (_cython, _reference)
+
+_loaded: dict[str, Kernels] = {}  # by name, those whose import has succeeded
+_selected: Kernels | None = None  # what calls without backend= use; None: not yet decided
 
 
-def resolve(backend: str | None) -> ModuleType:
+def resolve(backend: str | None) -> Kernels:
     """The backend's module: the keyword, else set_backend, else FASTLOSS_BACKEND, else auto."""
     global _selected
     if backend is not None:
@@ -38,7 +44,7 @@ def resolve(backend: str | None) -> ModuleType:
     return _selected
 
 
-def _load(name: str, argument: str) -> ModuleType:
+def _load(name: str, argument: str) -> Kernels:
     if isinstance(name, str) and name == "auto":
         return _load_auto()
     if not isinstance(name, str) or name not in _MODULES:
@@ -54,7 +60,7 @@ def _load(name: str, argument: str) -> ModuleType:
     return _loaded[name]
 
 
-def _load_auto() -> ModuleType:
+def _load_auto() -> Kernels:
     failures = []
     for name in _AUTO:
         try:
@@ -64,7 +70,7 @@ def _load_auto() -> ModuleType:
     raise ImportError("; ".join(failures))
 
 
-def _name(kernels: ModuleType) -> str:
+def _name(kernels: Kernels) -> str:
     return next(name for name, loaded in _loaded.items() if loaded is kernels)
 
 
@@ -158,9 +164,7 @@ def warmup(backend: str | None = None) -> None:
     >>> import fastloss as fl
     >>> fl.warmup("cython")
     """
-    module = resolve(backend)
-    if hasattr(module, "warmup"):
-        module.warmup()
+    resolve(backend).warmup()
 
 
 def show_config() -> None:
@@ -197,8 +201,7 @@ def config() -> dict[str, str]:
         failure = _failure(name)
         result[f"backend {name}"] = "available" if failure is None else failure
         if failure is None:
-            describe = getattr(_load(name, "backend"), "describe", dict)
-            result.update(describe())
+            result.update(_load(name, "backend").describe())
     return result
 
 

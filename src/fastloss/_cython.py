@@ -53,7 +53,6 @@ softmax_backward = _kernels.softmax_backward
 log_softmax_backward = _kernels.log_softmax_backward
 check_target = _kernels.check_target
 cross_entropy = _kernels.cross_entropy
-cross_entropy_soft = _kernels.cross_entropy_soft
 nll_loss = _kernels.nll_loss
 most_threads = _kernels.most_threads
 warmup = _kernels.warmup
@@ -63,4 +62,4 @@ openmp_max_threads = _kernels.openmp_max_threads
 def describe() -> dict[str, str]:
     """What show_config says of this backend."""
     isas = f"{_isa} (usable here: {', '.join(available_isas())})"
-    return {"cython instruction set": isas} | _kernels.describe()
+    return {"cython instruction set": isas, **_kernels.describe()}

@@ -2,7 +2,7 @@
 # cython: initializedcheck=False, overflowcheck=False
 """The Cython kernels: entries, plan and drivers; the rest is included from ``_kernels/``.
 
-The contract is in ``_reference``.  This one source is built once per instruction set (see
+The contract is in ``_contract``.  This one source is built once per instruction set (see
 meson.build); ``_cython`` picks a build.  What to know before reading on:
 
 Bits come from source order.  No flag lets the compiler reassociate or contract.  Sums run in
@@ -36,6 +36,8 @@ from libc.math cimport INFINITY, exp as exp_any
 from libc.string cimport memcpy, memset
 
 import numpy as np
+
+from fastloss._contract import TargetCheck
 
 cnp.import_array()
 
@@ -165,6 +167,18 @@ cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
     return round_up(size)  # threads do not share a cache line
 
 
+cdef double run_loss(Job* job, Operation operation, int num_threads) except? -1:
+    """As run; where scale is 0, no row counts, not even one that holds a NaN."""
+    cdef char* grad = job.out
+    cdef double total
+    if grad == NULL or job.scale != 0.0:
+        return run(job, operation, num_threads)
+    job.out = NULL
+    total = run(job, operation, num_threads)
+    clear(grad, job.rows * job.num_classes * itemsize(job.storage), num_threads)
+    return total
+
+
 cdef double run(Job* job, Operation operation, int num_threads) except? -1:
     """Run an operation on all its units; return the sum of the row losses, where it has any."""
     cdef Py_ssize_t scratch_bytes = plan(job, operation)
@@ -223,21 +237,38 @@ cdef Job job_of(cnp.ndarray array, cnp.ndarray out) except *:
     return job
 
 
-cdef void add_target(Job* job, cnp.ndarray target, int64_t ignore_index) except *:
-    cdef Py_ssize_t size = target.itemsize
-    cdef int kind = 0 if size == 1 else 1 if size == 2 else 2 if size == 4 else 3
-    job.target = cnp.PyArray_BYTES(target)
-    job.target_kind = kind if cnp.PyArray_ISSIGNED(target) else kind + 4
-    job.options.ignore_index = ignore_index
+cdef Job job_of_loss(
+    cnp.ndarray scores, labels, options, double scale, cnp.ndarray losses, cnp.ndarray grad
+) except *:
+    cdef Job job = job_of(scores, grad)
+    add_labels(&job, labels, options)
+    job.scale = scale
+    job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
+    return job
 
 
-cdef void add_weights(Job* job, cnp.ndarray weight, cnp.ndarray sample_weight) except *:
+cdef void add_labels(Job* job, labels, options) except *:
+    cdef cnp.ndarray target, weight, sample_weight
+    target, weight, sample_weight = labels
+    job.options = options._asdict()
+    if cnp.PyArray_ISINTEGER(target):
+        job.target = cnp.PyArray_BYTES(target)
+        job.target_kind = target_kind_of(target)
+    else:
+        job.other = cnp.PyArray_BYTES(target)
+        job.other_storage = storage_of(target)
     job.weight_sum = job.num_classes
     if weight is not None:
         job.weight = <const double*>cnp.PyArray_DATA(weight)
         job.weight_sum = weight.sum()
     if sample_weight is not None:
         job.sample_weight = <const double*>cnp.PyArray_DATA(sample_weight)
+
+
+cdef int target_kind_of(cnp.ndarray target) except -1:
+    cdef Py_ssize_t size = target.itemsize
+    cdef int kind = 0 if size == 1 else 1 if size == 2 else 2 if size == 4 else 3
+    return kind if cnp.PyArray_ISSIGNED(target) else kind + 4
 
 
 cdef cnp.ndarray add_relative_weight(Job* job, cnp.ndarray weight):
@@ -294,66 +325,35 @@ def log_softmax_backward(
 
 
 def cross_entropy(
-    cnp.ndarray logits not None, cnp.ndarray target not None, cnp.ndarray weight,
-    cnp.ndarray sample_weight, int64_t ignore_index, double label_smoothing, double z_loss,
-    double scale, cnp.ndarray losses, cnp.ndarray grad, int num_threads,
-):
-    cdef Job job = job_of(logits, grad)
-    add_target(&job, target, ignore_index)
-    add_weights(&job, weight, sample_weight)
-    alive = add_relative_weight(&job, weight)
-    job.options.label_smoothing, job.options.z_loss = label_smoothing, z_loss
-    job.scale = scale
-    job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
-    return run(&job, CROSS_ENTROPY, num_threads)
-
-
-def cross_entropy_soft(
-    cnp.ndarray logits not None, cnp.ndarray target not None, cnp.ndarray weight,
-    cnp.ndarray sample_weight, double label_smoothing, double z_loss, double scale,
+    cnp.ndarray logits not None, labels not None, options not None, double scale,
     cnp.ndarray losses, cnp.ndarray grad, int num_threads,
 ):
-    cdef Job job = job_of(logits, grad)
-    job.other = cnp.PyArray_BYTES(target)
-    job.other_storage = storage_of(target)
-    add_weights(&job, weight, sample_weight)
-    alive = add_relative_weight(&job, weight)
-    job.options.label_smoothing, job.options.z_loss = label_smoothing, z_loss
-    job.scale = scale
-    job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
-    return run(&job, CROSS_ENTROPY_SOFT, num_threads)
+    cdef Job job = job_of_loss(logits, labels, options, scale, losses, grad)
+    alive = add_relative_weight(&job, labels.weight)
+    return run_loss(&job, CROSS_ENTROPY if job.other == NULL else CROSS_ENTROPY_SOFT, num_threads)
 
 
 def nll_loss(
-    cnp.ndarray log_probs not None, cnp.ndarray target not None, cnp.ndarray weight,
-    cnp.ndarray sample_weight, int64_t ignore_index, double scale, cnp.ndarray losses,
-    cnp.ndarray grad, int num_threads,
+    cnp.ndarray log_probs not None, labels not None, options not None, double scale,
+    cnp.ndarray losses, cnp.ndarray grad, int num_threads,
 ):
-    cdef Job job = job_of(log_probs, grad)
-    add_target(&job, target, ignore_index)
-    add_weights(&job, weight, sample_weight)
-    job.scale = scale
-    job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
-    return run(&job, NLL, num_threads)
+    cdef Job job = job_of_loss(log_probs, labels, options, scale, losses, grad)
+    return run_loss(&job, NLL, num_threads)
 
 
-def check_target(
-    cnp.ndarray target not None, cnp.ndarray weight, cnp.ndarray sample_weight,
-    Py_ssize_t num_classes, int64_t ignore_index, int num_threads,
-):
-    """Flat index of the first target out of range, or -1; and the divisor of the mean."""
+def check_target(labels not None, options not None, Py_ssize_t num_classes, int num_threads):
     cdef Job job
     cdef Py_ssize_t block, blocks, bad = -1
     cdef cnp.ndarray partial
     cdef double* sums
+    cdef double total
     memset(&job, 0, sizeof(job))
-    job.rows, job.num_classes = cnp.PyArray_SIZE(target), num_classes
-    add_target(&job, target, ignore_index)
-    add_weights(&job, weight, sample_weight)
+    job.rows, job.num_classes = labels.target.size, num_classes
+    add_labels(&job, labels, options)
     blocks = (job.rows + CHECK_BLOCK - 1) // CHECK_BLOCK
     if blocks == 1:
-        bad = check_block(&job, 0, &job.scale)
-        return bad, job.scale
+        bad = check_block(&job, 0, &total)
+        return TargetCheck(bad, total)
     partial = np.empty(blocks)
     sums = <double*>cnp.PyArray_DATA(partial)
     if num_threads == 1:
@@ -365,8 +365,8 @@ def check_target(
             check_block(&job, block, &sums[block])
     for block in range(blocks):
         if sums[block] < 0.0:
-            return check_block(&job, block, &sums[block]), 0.0
-    return -1, float(partial.sum())
+            return TargetCheck(check_block(&job, block, &sums[block]), 0.0)
+    return TargetCheck(-1, float(partial.sum()))
 
 
 def openmp_max_threads():

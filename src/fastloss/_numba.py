@@ -44,6 +44,7 @@ from numba.extending import intrinsic, overload
 from numba.np.arrayobj import populate_array
 
 from fastloss import _threads
+from fastloss._contract import Labels, Options, TargetCheck
 
 LANES = 64  # samples in a tile
 CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
@@ -2325,8 +2326,9 @@ def _backward(grad_output, forward, out, log_probs, num_threads):
     _run(_backward_share, arguments, units, threads)
 
 
-def check_target(target, weight, sample_weight, num_classes, ignore_index, num_threads):
-    """Flat index of the first target out of range, or -1; and the divisor of the mean."""
+def check_target(labels, options, num_classes, num_threads):
+    target, weight, sample_weight = labels
+    ignore_index = options.ignore_index
     size = target.size
     units = -(-size // CHECK_BLOCK)
     sums = np.empty(units)
@@ -2336,16 +2338,25 @@ def check_target(target, weight, sample_weight, num_classes, ignore_index, num_t
     )  # fmt: skip
     _run(_check_share, arguments, units, min(num_threads, units))
     if units == 1 and sums[0] >= 0:
-        return -1, sums.item()
+        return TargetCheck(-1, sums.item())
     if units and sums.min() < 0:
         start = int(sums.argmin()) * CHECK_BLOCK
         block = target.reshape(-1)[start : start + CHECK_BLOCK]
         bad = (block != ignore_index) & ((block < 0) | (block >= num_classes))
-        return start + int(bad.argmax()), 0.0
-    return -1, float(sums.sum())
+        return TargetCheck(start + int(bad.argmax()), 0.0)
+    return TargetCheck(-1, float(sums.sum()))
 
 
-def cross_entropy(
+def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
+    if scale == 0.0 and grad is not None:  # no row counts, not even one that holds a NaN
+        total = cross_entropy(logits, labels, options, scale, losses, None, num_threads)
+        grad.fill(0)
+        return total
+    loss = _cross_entropy_soft if labels.soft else _cross_entropy
+    return loss(logits, *labels, *options, scale, losses, grad, num_threads)
+
+
+def _cross_entropy(
     logits, target, weight, sample_weight, ignore_index, label_smoothing, z_loss, scale,
     losses, grad, num_threads,
 ):  # fmt: skip
@@ -2364,9 +2375,10 @@ def cross_entropy(
     return _total(partial)
 
 
-def cross_entropy_soft(
-    logits, target, weight, sample_weight, label_smoothing, z_loss, scale, losses, grad, num_threads
-):
+def _cross_entropy_soft(
+    logits, target, weight, sample_weight, _, label_smoothing, z_loss, scale, losses, grad,
+    num_threads,
+):  # fmt: skip
     x, storage = _flat(logits)
     soft, soft_storage = _flat(target)
     shape, units, threads = _plan(logits, grad, num_threads)
@@ -2382,9 +2394,9 @@ def cross_entropy_soft(
     return _total(partial)
 
 
-def nll_loss(
-    log_probs, target, weight, sample_weight, ignore_index, scale, losses, grad, num_threads
-):
+def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
+    target, weight, sample_weight = labels
+    ignore_index = options.ignore_index
     x, storage = _flat(log_probs)
     shape, _, _ = _plan(log_probs, None, num_threads)
     units = -(-shape[0] // LANES)
@@ -2589,26 +2601,15 @@ def most_threads():
 
 def warmup():
     """Compile the common operations for float32 and float64, for one thread and for many."""
-    target = np.zeros((2 * LANES, 1), np.int64)
+    labels = Labels(np.zeros((2 * LANES, 1), np.int64), None, None)
+    options = Options(-100)
     for dtype in (np.float32, np.float64):
         logits = np.zeros((2 * LANES, 2, 1), dtype)
         for threads in (1, 2):
             softmax(logits, np.empty_like(logits), threads)
             log_softmax(logits, np.empty_like(logits), threads)
-            check_target(target, None, None, 2, -100, threads)
-            cross_entropy(
-                logits,
-                target,
-                None,
-                None,
-                -100,
-                0.0,
-                0.0,
-                1.0,
-                None,
-                np.empty_like(logits),
-                threads,
-            )
+            check_target(labels, options, 2, threads)
+            cross_entropy(logits, labels, options, 1.0, None, np.empty_like(logits), threads)
 
 
 def describe():
