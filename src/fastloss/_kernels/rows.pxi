@@ -3,10 +3,6 @@
 # A unit is a group of rows, so that the scalar step has something to vectorise, and what is
 # written is a long run. Scratch: two blocks, and the group's rows with room for a last chunk.
 
-cdef inline Py_ssize_t rows_in_unit(const Job* job, Py_ssize_t unit) noexcept nogil:
-    return min(job.group, job.rows - unit * job.group)
-
-
 cdef inline const char* row_of(
     const Job* job, const char* data, Storage storage, Py_ssize_t row
 ) noexcept nogil:

@@ -122,6 +122,10 @@ cdef struct Job:
     Py_ssize_t numbers  # of scratch; the carries, one a class, lie behind them
 
 
+cdef inline Py_ssize_t rows_in_unit(const Job* job, Py_ssize_t unit) noexcept nogil:
+    return min(job.group, job.rows - unit * job.group)
+
+
 cdef struct Carry:
     # The end of a run of output that did not fill its cache line: it waits for the next run.
     char* end
