@@ -161,7 +161,7 @@ cdef inline void soft_block(
     const Job* job, const real* x, const real* t, Py_ssize_t start, Py_ssize_t n, real m,
     double* gap, double* mass,
 ) noexcept nogil:
-    """Add the sums of w_c t_c (m - x_c) and of w_c t_c, classes start to start + n, w_c relative."""
+    """Add the sums of w_c t_c (m - x_c) and of w_c t_c from class start on, w_c relative."""
     cdef double wide[CHUNK]
     cdef real gap_lane[CHUNK]
     cdef real mass_lane[CHUNK]

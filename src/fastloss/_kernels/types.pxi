@@ -29,8 +29,8 @@ cdef enum:
     SHORT_ROW = 300  # rows of at most so many classes go into tiles, samples in the SIMD lanes
     GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
     TURN = 16  # classes of columns that are turned into rows at a time
-    TURNED = 16777216  # elements of the columns that make up one unit of work, at most LANES of them
-    WIDE = 16384  # elements of the tiles that make up one unit of work, where runs may be long
+    TURNED = 16777216  # elements of the columns in a unit of work, at most LANES of them
+    WIDE = 16384  # elements of the tiles in a unit of work, where runs may be long
     MOST_TILES = 8  # of a unit
     FEWEST_UNITS = 32  # that are to be left when tiles are put together
     AHEAD = 65536  # the most elements that are fetched ahead of their use
