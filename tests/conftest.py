@@ -88,3 +88,14 @@ def python():
         return result.stdout.strip()
 
     return run
+
+
+@pytest.fixture
+def group():
+    """torch.distributed in this process alone."""
+    dist = need("torch").distributed
+    if not dist.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -204,6 +204,15 @@ def test_show_config(capsys):
         assert word in text
 
 
+@pytest.mark.parametrize("layer", ["omp", "workqueue", "tbb"])
+def test_show_config_warns_of_the_layer(python, layer):
+    """The one that calls will run on, and of the one that is not for two at a time."""
+    code = "from fastloss import _numba; print(_numba.describe()['numba threading layer'])"
+    text = python(code, NUMBA_THREADING_LAYER=layer)
+    assert text.startswith((layer, "none: No threading layer could be loaded"))
+    assert ("ends the process" in text) == (layer == "workqueue")
+
+
 def test_warmup(python):
     code = "import sys, fastloss as fl; fl.warmup({}); print('numba' in sys.modules)"
     assert python(code.format("'cython'")) == "False"

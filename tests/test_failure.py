@@ -354,6 +354,22 @@ print(fl._backend._failure("numba"))
     assert config == text
 
 
+def test_where_numba_must_not_compile(python):
+    code = """
+import fastloss as fl
+print(fl.available_backends(), fl.get_backend(), fl.softmax([1, 1]))
+try:
+    fl.softmax([1, 1], backend="numba")
+except ImportError as error:
+    print(error)
+fl.show_config()
+"""
+    available, error, *config = python(code, NUMBA_DISABLE_JIT="1").split("\n")
+    assert available == "['cython', 'numpy'] cython [0.5 0.5]"
+    assert error == "backend 'numba' is not available: Numba compiles nothing, by NUMBA_DISABLE_JIT"
+    assert f"backend numba            {error}" in config
+
+
 @pytest.mark.parametrize("spoil", [delete_extension, break_extension])
 def test_without_the_extension(installation, spoil):
     code = """

@@ -117,7 +117,6 @@ def _any_target(kernel):
 MISTAKES = {
     "softmax": [lambda kernel: _scaled(kernel, np.float32(1.00001)), _wrong_in_place, _without_nan],
     "cross_entropy": [_wrong_sum, _wrong_gradient],
-    "cross_entropy_soft": [_wrong_sum, _wrong_gradient],
     "nll_loss": [_wrong_sum, _wrong_gradient],
     "check_target": [_any_target],
 }

@@ -7,6 +7,8 @@ import shutil
 import sys
 import threading
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import calls
@@ -179,6 +181,23 @@ print(_cython.openmp_max_threads())
     assert python(code, OMP_NUM_THREADS="5", **environment) == "5"
 
 
+@pytest.mark.parametrize(
+    ("first", "threads"), [("torch", 1), ("torch", 3), ("fastloss._cython", 3)]
+)
+def test_pytorch_keeps_its_own_thread_count(python, first, threads):
+    """Imported first it brings an OpenMP of its own, beside the system's; last, it has that one."""
+    need("torch")
+    code = f"""
+import {first}
+import calls, torch
+torch.set_num_threads({threads})
+calls.bits("softmax", "numba", 2)
+print(torch.get_num_threads())
+"""
+    environment = {"NUMBA_THREADING_LAYER": "omp", "NUMBA_NUM_THREADS": "4"}
+    assert python(code, **environment) == str(threads)
+
+
 # ---------------------------------------------------------------------------------------------
 # How many threads
 # ---------------------------------------------------------------------------------------------
@@ -191,6 +210,11 @@ def test_set_num_threads():
     assert fl.get_num_threads() == 5
     fl.set_num_threads(np.int64(1))
     assert fl.get_num_threads() == 1
+    fl.set_num_threads(65536)  # the most
+    assert fl.get_num_threads() == 65536
+    with pytest.raises(ValueError, match="num_threads = 65537 is out of range"):
+        fl.set_num_threads(65537)
+    assert fl.get_num_threads() == 65536
     fl.set_num_threads(None)
     assert fl.get_num_threads() == usable
 
@@ -205,6 +229,37 @@ def test_num_threads_reach_the_kernel(monkeypatch):
     fl.softmax(calls.X, backend="numpy", num_threads=70)
     fl.softmax(calls.X[:10], backend="numpy", num_threads=7)  # too little work for two
     assert seen == [3, 7, 9, 1]
+
+
+def test_more_threads_than_there_are_are_tried_first(monkeypatch):
+    """Anew when the team has shrunk meanwhile, and when it was refused; others change nothing."""
+    tried, granted = [], True
+    monkeypatch.setattr(_threads, "_teams", threading.local())
+    monkeypatch.setattr(_threads, "can_start", lambda count: tried.append(count) or granted)
+    one, other = (
+        types.SimpleNamespace(__name__=name, most_threads=lambda: 100) for name in ("one", "other")
+    )
+
+    def used(num_threads, kernels=one):
+        tried.clear()
+        return _threads.threads_for(num_threads, kernels=kernels), *tried
+
+    assert used(1) == (1,)
+    assert used(8) == (8, 7)
+    assert used(8) == (8,)  # they are there
+    assert used(8, other) == (8, 7)  # of another backend
+    assert used(2) == (2,)
+    assert used(3) == (3, 2)  # OpenMP has sent the others away
+    assert used(8) == (8, 7)
+    granted = False
+    assert used(9) == (1, 8)
+    assert used(9) == (1, 8)
+    assert used(8) == (8,)
+    granted = True
+    assert used(9) == (9, 8)
+    assert used(9) == (9,)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(used, 9).result() == (9, 8)  # each thread has a team of its own
 
 
 @pytest.mark.parametrize(

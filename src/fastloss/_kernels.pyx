@@ -277,8 +277,8 @@ cdef cnp.ndarray add_relative_weight(Job* job, cnp.ndarray weight):
     job.largest_weight = 1.0
     if weight is None:
         return None
-    job.largest_weight = weight.max() or 1.0
-    relative = weight / job.largest_weight
+    job.largest_weight = np.abs(weight).max()
+    relative = weight / (job.largest_weight or 1.0)
     if job.storage != FLOAT64:
         relative = relative.astype(np.float32)
     job.relative_weight = cnp.PyArray_DATA(relative)
@@ -343,10 +343,11 @@ def nll_loss(
 
 def check_target(labels not None, options not None, Py_ssize_t num_classes, int num_threads):
     cdef Job job
-    cdef Py_ssize_t block, blocks, bad = -1
-    cdef cnp.ndarray partial
+    cdef Py_ssize_t block, blocks, bad
+    cdef cnp.ndarray partial, found
     cdef double* sums
-    cdef double total
+    cdef Py_ssize_t* bads
+    cdef double total = 0.0
     memset(&job, 0, sizeof(job))
     job.rows, job.num_classes = labels.target.size, num_classes
     add_labels(&job, labels, options)
@@ -354,18 +355,18 @@ def check_target(labels not None, options not None, Py_ssize_t num_classes, int 
     if blocks == 1:
         bad = check_block(&job, 0, &total)
         return TargetCheck(bad, total)
-    partial = np.empty(blocks)
-    sums = <double*>cnp.PyArray_DATA(partial)
+    partial, found = np.empty(blocks), np.empty(blocks, np.intp)
+    sums, bads = <double*>cnp.PyArray_DATA(partial), <Py_ssize_t*>cnp.PyArray_DATA(found)
     if num_threads == 1:
         with nogil:
             for block in range(blocks):
-                check_block(&job, block, &sums[block])
+                bads[block] = check_block(&job, block, &sums[block])
     else:
         for block in prange(blocks, nogil=True, schedule="static", num_threads=num_threads):
-            check_block(&job, block, &sums[block])
+            bads[block] = check_block(&job, block, &sums[block])
     for block in range(blocks):
-        if sums[block] < 0.0:
-            return TargetCheck(check_block(&job, block, &sums[block]), 0.0)
+        if bads[block] >= 0:
+            return TargetCheck(bads[block], 0.0)
     return TargetCheck(-1, float(partial.sum()))
 
 

@@ -30,6 +30,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import platform
 import threading
 
@@ -45,6 +46,9 @@ from numba.np.arrayobj import populate_array
 
 from fastloss import _threads
 from fastloss._contract import Labels, Options, TargetCheck
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("Numba compiles nothing, by NUMBA_DISABLE_JIT", name=__name__)
 
 LANES = 64  # samples in a tile
 CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
@@ -811,6 +815,14 @@ def _find(x, value):
     return x.size
 
 
+@_inline
+def _holds_nan(x, step, n):
+    count = 0
+    for j in range(n):
+        count += x[j * step] != x[j * step]
+    return count > 0
+
+
 @_summing
 def _fold(lane):
     """The sum of a chunk, in float64."""
@@ -892,8 +904,8 @@ def _far_sum(g, p, step, n, log_probs):
 
 @_inline
 def _times(weight, value):
-    """weight * value, where 0 * inf counts as 0."""
-    return weight if weight == 0 else weight * value
+    """weight * value, where 0 * inf counts as 0, and -0 as +0."""
+    return abs(weight) if weight == 0 else weight * value
 
 
 @_summing
@@ -1088,10 +1100,10 @@ def _read_indices(target, first, n, y):
 @_inline
 def _read_targets(
     r, target, weight, sample_weight, first, n, num_classes, ignore_index, smoothing, z_loss,
-    weight_sum,
+    largest,
 ):  # fmt: skip
     """Targets, and the weights of their rows: 0 where a row counts for nothing."""
-    smooth = smoothing * weight_sum != 0.0 or z_loss != 0.0
+    smooth = z_loss != 0.0 or (smoothing != 0.0 and largest != 0.0)
     y = _lanes(np.int64)
     _read_indices(target, first, n, y)
     for i in range(n):
@@ -1180,6 +1192,15 @@ def _find_in_row(x, start, num_classes, value, buffer, storage):
     return 0
 
 
+@_inline
+def _row_holds_nan(x, start, num_classes, buffer, storage):
+    for c in range(0, num_classes, BLOCK):
+        n = min(BLOCK, num_classes - c)
+        if _holds_nan(_load(x, start + c, n, buffer, storage), 1, n):
+            return True
+    return False
+
+
 @_spliced
 def _exp_row(x, start, num_classes, skip, maximum, keep, kept, buffer, line, ahead, storage):
     """The sum of the exponentials without class `skip`; if keep, kept receives them all.
@@ -1253,6 +1274,12 @@ def _log_softmax_rows(x, out, r, scratch, first, n, num_classes, step, storage, 
     for i in range(n):
         r[LOSS + i] = _log1p(r[OTHERS + i] / r[TOP + i])
     if not log_probs:
+        for i in range(n):
+            # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
+            if not math.isfinite(r[MAXIMUM + i]) and not _row_holds_nan(
+                x, (first + i) * step, num_classes, buffer, storage
+            ):
+                r[LOSS + i] = 0.0
         return
     for i in range(n):
         m, log_s = real(r[MAXIMUM + i]), real(r[LOSS + i])
@@ -1635,7 +1662,7 @@ def _softmax_tile(tile, r, num_classes, step, x, later, inner):
 
 @_inline
 def _log_softmax_tile(tile, r, num_classes, step, x, later, inner, log_probs):
-    """The log-probabilities if log_probs; else the first class receives the logsumexp."""
+    """log_softmax; without log_probs only what logsumexp needs."""
     m, log_s = _lanes(tile), _lanes(tile)
     _tile_largest(tile, num_classes, step, r)
     _tile_find(tile, num_classes, step, r)
@@ -1647,7 +1674,8 @@ def _log_softmax_tile(tile, r, num_classes, step, x, later, inner, log_probs):
         r[LOSS + j] = _log1p(r[OTHERS + j] / r[TOP + j])
     if not log_probs:
         for j in range(LANES):
-            tile[j] = r[MAXIMUM + j] + r[LOSS + j]
+            if not math.isfinite(r[MAXIMUM + j]) and not _holds_nan(tile[j:], step, num_classes):
+                r[LOSS + j] = 0.0
         return
     for j in range(LANES):
         m[j] = r[MAXIMUM + j]
@@ -1671,6 +1699,7 @@ def _reduce_tile(
     _clear_dead_lanes(tile, num_classes, step, r)
     _tile_largest(tile, num_classes, step, r)
     if targets is not None:
+        _clear_dead_lanes(targets, num_classes, step, r)
         _tile_find(tile, num_classes, step, r)
     for j in range(LANES):
         r[TARGET_LOGIT + j] = tile[int(r[INDEX + j]) * step + j]
@@ -1907,7 +1936,7 @@ def _cross_entropy_share(
             own_tile = tile[start - first :]
             _read_targets(
                 r, target, weight, sample_weight, start, n, num_classes, ignore_index,
-                smoothing, z_loss, weight_sum,
+                smoothing, z_loss, largest,
             )  # fmt: skip
             if tiled:
                 _reduce_tile(
@@ -2245,9 +2274,9 @@ def _nll_backward_share(
 
 @_entry
 def _check_share(
-    target, weight, sample_weight, size, num_classes, ignore_index, sums, units, thread, threads
+    target, weight, sample_weight, size, num_classes, ignore_index, found, units, thread, threads
 ):
-    """The sum of the weights of each block, or -1 where a target is out of range."""
+    """Of each block the sum of the weights, and whether a target is out of range."""
     mode = _set_float_mode(IEEE)
     y = _lanes(np.int64)
     lane = _lanes(np.float64)
@@ -2269,8 +2298,8 @@ def _check_share(
                         row_weight = sample_weight[start + i] if sample_weight.size else 1.0
                         lane[i] += row_weight * (weight[y[i]] if weight.size else 1.0)
         weighted = weight.size or sample_weight.size
-        total = _fold(lane) if weighted else np.float64(used)
-        sums[block] = -1.0 if bad else total
+        found[0, block] = _fold(lane) if weighted else np.float64(used)
+        found[1, block] = bad != 0
     _set_float_mode(mode)
 
 
@@ -2331,16 +2360,17 @@ def check_target(labels, options, num_classes, num_threads):
     ignore_index = options.ignore_index
     size = target.size
     units = -(-size // CHECK_BLOCK)
-    sums = np.empty(units)
+    found = np.empty((2, units))
     arguments = (
         _integers(target), _or_absent(weight), _or_absent(sample_weight), size, num_classes,
-        ignore_index, sums,
+        ignore_index, found,
     )  # fmt: skip
     _run(_check_share, arguments, units, min(num_threads, units))
-    if units == 1 and sums[0] >= 0:
-        return TargetCheck(-1, sums.item())
-    if units and sums.min() < 0:
-        start = int(sums.argmin()) * CHECK_BLOCK
+    if units == 1 and not found.item(1):
+        return TargetCheck(-1, found.item(0))
+    sums, bads = found
+    if bads.any():
+        start = int(bads.argmax()) * CHECK_BLOCK
         block = target.reshape(-1)[start : start + CHECK_BLOCK]
         bad = (block != ignore_index) & ((block < 0) | (block >= num_classes))
         return TargetCheck(start + int(bad.argmax()), 0.0)
@@ -2471,11 +2501,11 @@ def _or_absent(array):
 
 
 def _relative(weight, logits):
-    """Class weights over the largest, in the compute type; and the largest."""
+    """Class weights over the largest in magnitude, in the compute type; and that."""
     if weight is None:
         return _read_only(np.empty(0, _compute_dtype(logits))), 1.0
-    largest = float(weight.max()) or 1.0
-    return _read_only((weight / largest).astype(_compute_dtype(logits))), largest
+    largest = float(np.abs(weight).max())
+    return _read_only((weight / (largest or 1.0)).astype(_compute_dtype(logits))), largest
 
 
 def _outputs(logits, losses, grad):
@@ -2580,18 +2610,24 @@ def _start_layer():
 
 @contextlib.contextmanager
 def _openmp_left_alone():
-    """Numba's OpenMP layer, when it starts, sets these for everybody who uses that OpenMP."""
-    try:
+    """Numba's OpenMP layer, when it starts, sets these for everybody who uses that OpenMP.
+
+    There may be two of them in the process, such as PyTorch's and the system's.  The layer calls
+    the one that the whole process sees, or else its own: whichever it is, both are as they were.
+    """
+    before = []
+    with contextlib.suppress(ImportError):  # no OpenMP on this system
         from numba.np.ufunc import omppool
 
-        openmp = ctypes.CDLL(omppool.__file__)
-        threads, levels = openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()
-    except (ImportError, OSError, AttributeError):  # no OpenMP on this system
-        yield
-        return
+        for path in (None, omppool.__file__):
+            with contextlib.suppress(OSError, AttributeError):
+                openmp = ctypes.CDLL(path)
+                threads, levels = openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()
+                before.append((openmp, threads, levels))
     yield
-    openmp.omp_set_num_threads(threads)
-    openmp.omp_set_max_active_levels(levels)
+    for openmp, threads, levels in before:
+        openmp.omp_set_num_threads(threads)
+        openmp.omp_set_max_active_levels(levels)
 
 
 def most_threads():
@@ -2614,12 +2650,20 @@ def warmup():
 
 def describe():
     """What show_config says of this backend."""
-    try:
-        layer = numba.threading_layer()
-    except ValueError:
-        layer = "not started"
     return {
         "numba": numba.__version__,
-        "numba threading layer": layer,
+        "numba threading layer": _describe_layer(),
         "numba threads": str(numba.config.NUMBA_NUM_THREADS),
     }
+
+
+def _describe_layer():
+    """The layer that calls run on, started to find out, and what to beware of there."""
+    try:
+        _start_layer()
+        layer = numba.threading_layer()
+    except ValueError as error:  # the one that was asked for is not here, or threads are refused
+        return f"none: {error}".splitlines()[0]
+    if layer == "workqueue":
+        layer += " (a parallel function of your own beside a call of ours ends the process)"
+    return layer

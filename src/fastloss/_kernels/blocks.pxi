@@ -46,6 +46,13 @@ cdef inline Py_ssize_t find(const real* x, Py_ssize_t n, real value) noexcept no
     return n
 
 
+cdef inline bint holds_nan(const real* x, Py_ssize_t step, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j, count = 0
+    for j in range(n):
+        count += x[j * step] != x[j * step]
+    return count > 0
+
+
 cdef inline double exp_block(
     const real* x, Py_ssize_t n, Py_ssize_t skip, real pivot, real magic, real* e,
     const char* later, Py_ssize_t step,

@@ -62,6 +62,16 @@ cdef inline Py_ssize_t find_in_row(
     return 0
 
 
+cdef inline bint row_holds_nan(const Job* job, const char* x, real* buffer) noexcept nogil:
+    cdef Py_ssize_t b, c, n
+    for b in range(blocks_in(job.num_classes)):
+        c = b * BLOCK
+        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+        if holds_nan(load_block(job.storage, x, c, n, buffer), 1, n):
+            return True
+    return False
+
+
 cdef inline double exp_row(
     const Job* job, const char* x, Py_ssize_t skip, real m, real* kept, real* scratch
 ) noexcept nogil:
@@ -141,6 +151,11 @@ cdef void log_softmax_rows(
         r.log_sum[i] = log1p(r.others[i] / r.top[i])
     result = kept
     if operation == LOGSUMEXP:
+        for i in range(n):
+            x = row_of(job, job.logits, job.storage, first + i)
+            # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
+            if not is_finite(r.maximum[i]) and not row_holds_nan(job, x, scratch):
+                r.log_sum[i] = 0.0
         for i in range(n):
             result[i] = <real>(r.maximum[i] + r.log_sum[i])
         store(job, first, n, result)

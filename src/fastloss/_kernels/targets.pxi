@@ -34,7 +34,7 @@ cdef void read_targets(
 ) noexcept nogil:
     """Targets, and the weights of their rows: 0 where a row counts for nothing."""
     cdef double smoothing = job.options.label_smoothing
-    cdef bint smooth = smoothing * job.weight_sum != 0.0 or job.options.z_loss != 0.0
+    cdef bint smooth = job.options.z_loss != 0.0 or (smoothing != 0.0 and job.largest_weight != 0.0)
     cdef double target_share = 1.0 - smoothing
     cdef Py_ssize_t i
     cdef bint used
@@ -65,7 +65,7 @@ cdef void read_sample_weights(
 
 
 cdef Py_ssize_t check_block(const Job* job, Py_ssize_t block, double* total) noexcept nogil:
-    """The first bad target of a block, or -1; total receives the sum of the weights, or -1."""
+    """The first bad target of a block, or -1; then total receives the sum of the weights."""
     cdef int64_t target[LANES]
     cdef double lane[LANES]
     cdef double weight
@@ -82,7 +82,6 @@ cdef Py_ssize_t check_block(const Job* job, Py_ssize_t block, double* total) noe
             bad |= (target[i] != job.options.ignore_index) & (
                 <uint64_t>target[i] >= <uint64_t>job.num_classes)
         if bad:
-            total[0] = -1.0
             for i in range(n):
                 if target[i] != job.options.ignore_index and not 0 <= target[i] < job.num_classes:
                     return row + i

@@ -186,7 +186,7 @@ cdef inline void narrow_factors(const Job* job, real* tile, const Rows* r, real*
 
 
 cdef inline real weight_of(const Job* job, Py_ssize_t c, real unused) noexcept nogil:
-    """The weight of a class, relative to the largest."""
+    """The weight of a class, relative to the largest in magnitude."""
     return <real>1.0 if job.weight == NULL else (<const real*>job.relative_weight)[c]
 
 
@@ -226,6 +226,9 @@ cdef void log_softmax_tile(
         r.log_sum[j] = log1p(r.others[j] / r.top[j])
     if operation == LOGSUMEXP:
         for j in range(LANES):
+            if not is_finite(r.maximum[j]) and not holds_nan(tile + j, step, job.num_classes):
+                r.log_sum[j] = 0.0
+        for j in range(LANES):
             buffer[j] = <real>(r.maximum[j] + r.log_sum[j])
         store(job, first, min(job.rows - first, <Py_ssize_t>LANES), buffer)
         return
@@ -237,7 +240,7 @@ cdef void log_softmax_tile(
 
 
 cdef void loss_tile(
-    const Job* job, Operation operation, Py_ssize_t first, real* tile, const real* targets
+    const Job* job, Operation operation, Py_ssize_t first, real* tile, real* targets
 ) noexcept nogil:
     cdef Rows r
     cdef int32_t index[LANES]
@@ -251,7 +254,7 @@ cdef void loss_tile(
 
 cdef inline void reduce_tile(
     const Job* job, Operation operation, Py_ssize_t first, Py_ssize_t n, Rows* r, int32_t* index,
-    real* tile, const real* targets,
+    real* tile, real* targets,
 ) noexcept nogil:
     """As reduce_rows; exponentials take the place of the scores."""
     cdef int64_t y[LANES]
@@ -269,6 +272,7 @@ cdef inline void reduce_tile(
     clear_dead_lanes(job, r, tile)
     largest_in_lanes(job, tile, maximum)
     if has_soft_target(operation):
+        clear_dead_lanes(job, r, targets)
         find_in_lanes(job, tile, maximum, index)
     for j in range(LANES):
         r.target_logit[j] = tile[index[j] * job.step + j]

@@ -108,7 +108,7 @@ cdef struct Job:
     int target_kind  # 0 to 3: signed, of 1 << kind bytes; 4 to 7: unsigned
     const double* weight
     const void* relative_weight  # weight / largest_weight, in the compute type
-    double largest_weight  # 1 without weights
+    double largest_weight  # in magnitude; 1 without weights
     double weight_sum
     const double* sample_weight
     Options options
