@@ -14,7 +14,7 @@ import functools
 import itertools
 import json
 import math
-import sys
+import unittest.mock
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ from support import cases
 from support.cases import Case, Layout
 
 import fastloss as fl
-from fastloss import _cython
+from fastloss import _backend, _cython
 from fastloss._operations import VARIANTS
 from fastloss._tools import check
 from fastloss._tools.report import insert, markdown
@@ -89,20 +89,17 @@ LAYOUTS = [
 
 
 def builds():
-    """By name the kernels that run here; each instruction set of Cython is a build."""
+    """The names of what runs here; each instruction set of Cython is a build."""
     compiled, _ = check.backends()
-    return {"numpy": None} | {name.replace(" ", "-"): module for name, module in compiled.items()}
+    return ["numpy", *(name.replace(" ", "-") for name in compiled)]
 
 
 @contextlib.contextmanager
 def chosen(build):
     """The name to pass as ``backend=`` while the build stands in for Cython's own choice."""
     name, _, isa = build.partition("-")
-    sys.modules[_cython.__name__] = builds()[build] if isa else _cython
-    try:
+    with unittest.mock.patch.dict(_backend._loaded, {name: _cython.load(isa)} if isa else {}):
         yield name
-    finally:
-        sys.modules[_cython.__name__] = _cython
 
 
 # ---------------------------------------------------------------------------------------------
@@ -375,7 +372,7 @@ def main(arguments=None):
     )  # fmt: skip
     options = parser.parse_args(arguments)
     old = json.loads(JSON.read_text()) if JSON.exists() else {}
-    new = figures(options.build or list(builds()), functools.partial(print, flush=True))
+    new = figures(options.build or builds(), functools.partial(print, flush=True))
     table = merged(old, new, larger=["numba"] if options.other_processor else [])
     JSON.write_text(json.dumps(table, indent=1) + "\n")
     README.write_text(insert(README.read_text(), section(table), BEGIN, END))

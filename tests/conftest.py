@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from support import backends, calls
 
 import fastloss as fl
-from fastloss import _cython
+from fastloss import _backend, _cython
 
 # The same verdict every time; `--hypothesis-profile=explore` looks for new examples.
 _SHARED = {
@@ -27,7 +27,7 @@ def backend(request, monkeypatch):
     """The name to pass as ``backend=``. A backend that is missing is an error, not a skip."""
     name, _, isa = request.param.partition("-")
     if isa:
-        monkeypatch.setitem(sys.modules, _cython.__name__, backends.cython_build(isa))
+        monkeypatch.setitem(_backend._loaded, name, _cython.load(isa))
     assert name in fl.available_backends()
     return name
 

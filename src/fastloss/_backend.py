@@ -7,7 +7,6 @@ hurts only those who name it.
 
 import importlib
 import os
-import sys
 from typing import TYPE_CHECKING
 
 from fastloss._contract import Kernels
@@ -31,7 +30,7 @@ if TYPE_CHECKING:  # which backends are what the contract asks for
 
     _CHECKED: tuple[Kernels, ...] = (_cython, _reference)
 
-_ready: set[str] = set()  # backends whose import has succeeded
+_loaded: dict[str, Kernels] = {}  # by name, those whose import has succeeded
 _selected: Kernels | None = None  # what calls without backend= use; None: not yet decided
 
 
@@ -51,19 +50,17 @@ def _load(name: str, argument: str) -> Kernels:
     if not isinstance(name, str) or name not in _MODULES:
         names = ", ".join(repr(known) for known in ("auto", *_MODULES))
         raise ValueError(f"{argument} = {name!r} is not a backend; choose one of {names}")
-    if name in _ready and (module := sys.modules.get(_MODULES[name])):
-        return module
-    try:
-        module = importlib.import_module(_MODULES[name])
-        _ready.add(name)
-        return module
-    except ImportError as error:
-        reason = f"{_INSTALL[name]} ({error})"
-        if error.name == _MODULES[name]:  # it is all there, but refuses
-            reason = str(error)
-        raise ImportError(
-            f"backend {name!r} is not available: {reason}", name=error.name
-        ) from error
+    if name not in _loaded:
+        try:
+            _loaded[name] = importlib.import_module(_MODULES[name])
+        except ImportError as error:
+            reason = f"{_INSTALL[name]} ({error})"
+            if error.name == _MODULES[name]:  # it is all there, but refuses
+                reason = str(error)
+            raise ImportError(
+                f"backend {name!r} is not available: {reason}", name=error.name
+            ) from error
+    return _loaded[name]
 
 
 def _load_auto() -> Kernels:
@@ -76,8 +73,8 @@ def _load_auto() -> Kernels:
     raise ImportError("; ".join(failures))
 
 
-def _name(module: Kernels) -> str:
-    return next(name for name, path in _MODULES.items() if path == module.__name__)
+def _name(kernels: Kernels) -> str:
+    return next(name for name, loaded in _loaded.items() if loaded is kernels)
 
 
 def set_backend(name: str | None) -> None:

@@ -20,6 +20,16 @@ def available_isas() -> list[str]:
     return [isa for isa in _BUILDS if _why_not(isa) is None]
 
 
+def load(isa: str) -> ModuleType:
+    """The kernels that were built for an instruction set: a backend, as this module is."""
+    if isa not in _BUILDS:
+        names = ", ".join(repr(name) for name in _BUILDS)
+        raise ValueError(f"FASTLOSS_ISA = {isa!r} is not an instruction set; choose one of {names}")
+    if reason := _why_not(isa):
+        raise ValueError(f"FASTLOSS_ISA = {isa!r} cannot be used: {reason}")
+    return importlib.import_module(_BUILDS[isa][0])
+
+
 def _why_not(isa: str) -> str | None:
     """Why a build cannot be used here, or None."""
     path, level = _BUILDS[isa]
@@ -33,19 +43,8 @@ def _why_not(isa: str) -> str | None:
     return None
 
 
-def _pick() -> tuple[str, ModuleType]:
-    isa = os.environ.get("FASTLOSS_ISA")
-    if not isa:
-        isa = available_isas()[0]
-    elif isa not in _BUILDS:
-        names = ", ".join(repr(name) for name in _BUILDS)
-        raise ValueError(f"FASTLOSS_ISA = {isa!r} is not an instruction set; choose one of {names}")
-    elif reason := _why_not(isa):
-        raise ValueError(f"FASTLOSS_ISA = {isa!r} cannot be used: {reason}")
-    return isa, importlib.import_module(_BUILDS[isa][0])
-
-
-_isa, _kernels = _pick()
+_isa = os.environ.get("FASTLOSS_ISA") or available_isas()[0]
+_kernels = load(_isa)
 
 softmax = _kernels.softmax
 log_softmax = _kernels.log_softmax
@@ -56,17 +55,11 @@ check_target = _kernels.check_target
 cross_entropy = _kernels.cross_entropy
 nll_loss = _kernels.nll_loss
 most_threads = _kernels.most_threads
+warmup = _kernels.warmup
 openmp_max_threads = _kernels.openmp_max_threads
-
-
-def warmup() -> None:
-    """Nothing to compile."""
 
 
 def describe() -> dict[str, str]:
     """What show_config says of this backend."""
-    openmp = _kernels.openmp_version()
-    return {
-        "cython instruction set": f"{_isa} (usable here: {', '.join(available_isas())})",
-        "cython OpenMP": str(openmp) if openmp else "none: this build is serial",
-    }
+    isas = f"{_isa} (usable here: {', '.join(available_isas())})"
+    return {"cython instruction set": isas, **_kernels.describe()}

@@ -4,7 +4,6 @@ Kernels are called as ``functional`` calls them and with the same arrays as the 
 shapes that reach every layout, on one thread and on two, in place and not, with each option.
 """
 
-import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -53,7 +52,7 @@ def backends() -> tuple[dict[str, Kernels], dict[str, str]]:
             from fastloss import _cython
 
             for isa in _cython.available_isas():
-                found[f"cython {isa}"] = importlib.import_module(_cython._BUILDS[isa][0])
+                found[f"cython {isa}"] = _cython.load(isa)
         else:
             found[name] = module
     return found, missing

@@ -1,0 +1,169 @@
+# Numbers: the exponential, the logarithm, and the half types.
+#
+# exp(x) is 2**n exp(r), n the integer nearest to x / ln 2. What is kept of a class is the
+# exponential 2**(n - N + SHIFT) exp(r) = 2**SHIFT exp(x) / 2**N, N being the n of the row's
+# maximum: a power of two as the reference costs nothing and rounds nothing, where x - maximum
+# would round. SHIFT keeps what may still come out as a subnormal result a normal number until the
+# final product rounds it, once. Rows whose maximum is large use x - maximum, which is exact there
+# for all classes that are not negligible.
+
+cdef inline real power_of(real unused) noexcept nogil:
+    """What takes an exponential back to what it stands for: 2**-SHIFT."""
+    return 2.3283064365386963e-10 if real is float else 5.421010862427522e-20
+
+
+cdef inline double tiny_of(real unused) noexcept nogil:
+    """The smallest normal number."""
+    return 1.1754943508222875e-38 if real is float else 2.2250738585072014e-308
+
+
+cdef inline double huge_of(real unused) noexcept nogil:
+    """So far from the end of the range that it takes nothing above the largest number there."""
+    return 1.2676506002282294e30 if real is float else 9.9792015476736e291  # 2**100, 2**970
+
+
+cdef inline real pivot_of(real maximum) noexcept nogil:
+    """What is taken off x: 0, or the maximum where that is large (or inf: then all is NaN)."""
+    cdef real size = maximum if maximum > 0 else -maximum
+    cdef real limit = 256.0 if real is float else 2048.0
+    return <real>0.0 if size < limit else maximum
+
+
+cdef inline real magic_of(real maximum) noexcept nogil:
+    """A number to which x / ln 2 is added: that rounds it, and leaves n - N in the low bits."""
+    cdef real shifted, x = maximum if pivot_of(maximum) == 0 else <real>0.0
+    if real is float:
+        shifted = fl_fma_f(x, 1.44269504, 12582912.0)  # 1.5 * 2**23
+        return <float>(12582912.0 + 127 + 32) - (shifted - <float>12582912.0)
+    else:
+        shifted = fl_fma_d(x, 1.4426950408889634, 6755399441055744.0)  # 1.5 * 2**52
+        return (6755399441055744.0 + 1023 + 64) - (shifted - 6755399441055744.0)
+
+
+cdef inline real lowest_of(real magic) noexcept nogil:
+    """The x whose n - N is the exponent of 0."""
+    if real is float:
+        return (<float>12582912.0 - magic) * <float>0.693147181
+    else:
+        return (6755399441055744.0 - magic) * 0.69314718055994531
+
+
+cdef inline real exponential(real x, real pivot, real magic, real lowest) noexcept nogil:
+    """2**(SHIFT - N) * exp(x - pivot); 0 where that is negligible; NaN for NaN."""
+    cdef real d, n, r, p, shifted
+    d = (fl_no_dust_f(x) if real is float else fl_no_dust_d(x)) - pivot
+    d = lowest if d < lowest else d
+    if real is float:
+        shifted = fl_fma_f(d, 1.44269504, magic)
+        n = shifted - magic
+        r = fl_fma_f(n, -0.693145751953125, d)
+        r = fl_fma_f(n, -1.42860682e-6, r)
+        p = fl_fma_f(0.00131687098951, r, 0.00835358145597)
+        p = fl_fma_f(p, r, 0.0416763574161)
+        p = fl_fma_f(p, r, 0.166667094605)
+        p = fl_fma_f(p, r, 0.499999918849)
+        p = fl_fma_f(p, r, 1.0)
+        p = fl_fma_f(p, r, 1.0)
+        # A product, not a sum of exponents: NaN stays NaN.
+        return p * fl_from_bits_f(<int32_t>(<uint32_t>fl_bits_f(shifted) << 23))
+    else:
+        shifted = fl_fma_d(d, 1.4426950408889634, magic)
+        n = shifted - magic
+        r = fl_fma_d(n, -6.93147180369123816490e-01, d)
+        r = fl_fma_d(n, -1.90821492927058770002e-10, r)
+        p = fl_fma_d(2.5110047135431713555e-8, r, 2.7632652169579558723e-7)
+        p = fl_fma_d(p, r, 2.7557242344003567523e-6)
+        p = fl_fma_d(p, r, 0.000024801487335535663603)
+        p = fl_fma_d(p, r, 0.00019841269886584525699)
+        p = fl_fma_d(p, r, 0.0013888888947812472924)
+        p = fl_fma_d(p, r, 0.0083333333333222094146)
+        p = fl_fma_d(p, r, 0.041666666666522018292)
+        p = fl_fma_d(p, r, 0.16666666666666674528)
+        p = fl_fma_d(p, r, 0.50000000000000102221)
+        p = fl_fma_d(p, r, 1.0)
+        p = fl_fma_d(p, r, 1.0)
+        return p * fl_from_bits_d(<int64_t>(<uint64_t>fl_bits_d(shifted) << 52))
+
+
+cdef inline double log1p(double x) noexcept nogil:
+    """log(1 + x) for x >= 0, free of branches so that it vectorises (after fdlibm's e_log.c)."""
+    cdef double u = 1.0 + x
+    cdef double back = u - 1.0
+    cdef double lost = (1.0 - (u - back)) + (x - back)
+    # u = 2**k * z with z in [sqrt(1/2), sqrt(2))
+    cdef uint64_t bits = <uint64_t>fl_bits_d(u)
+    cdef uint64_t k = (bits - 0x3fe6a09e667f3bcdULL) >> 52
+    cdef double f = fl_from_bits_d(<int64_t>(bits - (k << 52))) - 1.0
+    # An integer below 2**52 becomes a double through the mantissa of 2**52.
+    cdef double e = fl_from_bits_d(<int64_t>(k | 0x4330000000000000ULL)) - 4503599627370496.0
+    cdef double s = f / (2.0 + f)
+    cdef double z = s * s
+    cdef double w = z * z
+    cdef double t1 = w * fl_fma_d(w, fl_fma_d(w, 1.531383769920937332e-01,
+                                              2.222219843214978396e-01), 3.999999999940941908e-01)
+    cdef double t2 = z * fl_fma_d(w, fl_fma_d(w, fl_fma_d(
+        w, 1.479819860511658591e-01, 1.818357216161805012e-01), 2.857142874366239149e-01),
+        6.666666666666735130e-01)
+    cdef double half = 0.5 * f * f
+    # What 1 + x rounded off, over u; it matters where u is near 1.
+    cdef double rest = lost - lost * f if u < 1.4 else 0.0
+    cdef double log_z = half - (s * (half + t1 + t2) + (e * 1.90821492927058770002e-10 + rest))
+    cdef double result = e * 6.93147180369123816490e-01 - (log_z - f)
+    return result if x <= 1.7976931348623157e308 else x  # inf and NaN pass through
+
+
+cdef inline real times(real weight, real value) noexcept nogil:
+    """weight * value, where 0 * inf counts as 0."""
+    return <real>0.0 if weight == 0 else weight * value
+
+
+cdef inline real subtract_product(real a, real b, real c) noexcept nogil:
+    """c - a b"""
+    if real is float:
+        return fl_subtract_product_f(a, b, c)
+    else:
+        return fl_subtract_product_d(a, b, c)
+
+
+cdef inline bint is_finite(double x) noexcept nogil:
+    return x - x == 0.0
+
+
+cdef inline float half_to_float(uint16_t h) noexcept nogil:
+    cdef uint32_t sign = (<uint32_t>h & 0x8000) << 16
+    cdef uint32_t magnitude = <uint32_t>h & 0x7fff
+    cdef uint32_t normal = (magnitude << 13) + (<uint32_t>(127 - 15) << 23)
+    cdef uint32_t special = (magnitude << 13) | 0x7f800000
+    # By way of an integer, so that a flush of denormals in the caller does not matter.
+    cdef uint32_t subnormal = <uint32_t>fl_bits_f(
+        <float><int32_t>magnitude * <float>5.9604644775390625e-08)
+    cdef uint32_t bits = subnormal if magnitude < 0x0400 else normal
+    bits = special if magnitude >= 0x7c00 else bits
+    return fl_from_bits_f(<int32_t>(bits | sign))
+
+
+cdef inline uint16_t float_to_half(float x) noexcept nogil:
+    """To nearest, ties to even."""
+    cdef uint32_t bits = <uint32_t>fl_bits_f(x)
+    cdef uint32_t sign = (bits >> 16) & 0x8000
+    cdef uint32_t magnitude = bits & 0x7fffffff
+    cdef uint32_t normal = (magnitude + <uint32_t>0xc8000fff + ((magnitude >> 13) & 1)) >> 13
+    # Adding 0.5 moves the last bit of a half subnormal to the last bit of the float.
+    cdef uint32_t subnormal = <uint32_t>fl_bits_f(
+        fl_from_bits_f(<int32_t>magnitude) + <float>0.5) - 0x3f000000
+    cdef uint32_t special = 0x7e00 if magnitude > 0x7f800000 else 0x7c00
+    cdef uint32_t result = subnormal if magnitude < 0x38800000 else normal
+    result = special if magnitude >= 0x477ff000 else result
+    return <uint16_t>(result | sign)
+
+
+cdef inline float bfloat_to_float(uint16_t b) noexcept nogil:
+    return fl_from_bits_f(<int32_t>(<uint32_t>b << 16))
+
+
+cdef inline uint16_t float_to_bfloat(float x) noexcept nogil:
+    """To nearest, ties to even."""
+    cdef uint32_t bits = <uint32_t>fl_bits_f(x)
+    cdef uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16
+    cdef uint32_t nan = (bits >> 16) | 0x40
+    return <uint16_t>(nan if (bits & 0x7fffffff) > 0x7f800000 else rounded)

@@ -1,0 +1,182 @@
+# The backward functions, of rows and of tiles. softmax_backward: p (g - sum g p);
+# log_softmax_backward: g - exp(l) sum g. A sum too large for the compute type is taken anew, in
+# float64 and in units of 1 / HUGE_UNIT.
+
+cdef inline real reference_above(real maximum) noexcept nogil:
+    """Log-probabilities are at most 0, but the formulas hold for any: a reference for both."""
+    return maximum if maximum > 0 else <real>0.0
+
+
+cdef inline double unit_of(real m) noexcept nogil:
+    """What an exponential with reference m is multiplied by to give exp(x)."""
+    cdef real magic = magic_of(m), pivot = pivot_of(m)
+    cdef double e = 1.0 if m == 0 else exp_any(m)  # 0, mostly: reference_above
+    return e / <double>exponential(m, pivot, magic, lowest_of(magic))
+
+
+cdef inline real shrink_for(double factor, real unused) noexcept nogil:
+    """A power of two for exponentials, so that factor over it is a normal number; mostly 1."""
+    cdef double tiny = tiny_of(unused)
+    return power_of(unused) if -tiny < factor < tiny else <real>1.0
+
+
+cdef inline bint is_huge(double total, real unused) noexcept nogil:
+    """Whether a sum of upstream gradients is out of range, or near enough to its end."""
+    return not -huge_of(unused) < total < huge_of(unused)
+
+
+cdef inline double huge_sum(
+    Operation operation, const real* g, const real* p, Py_ssize_t step, Py_ssize_t n
+) noexcept nogil:
+    """HUGE_UNIT times the sum of g, or, for softmax_backward, of g p: what overflows elsewhere."""
+    cdef double lane[CHUNK]
+    cdef double term
+    cdef Py_ssize_t j
+    for j in range(CHUNK):
+        lane[j] = 0.0
+    for j in range(n):
+        term = HUGE_UNIT * g[j * step]
+        lane[j % CHUNK] += term * p[j * step] if operation == SOFTMAX_BACKWARD else term
+    return fold(lane)
+
+
+cdef void huge_difference(
+    Operation operation, const real* g, const real* forward, real* result, Py_ssize_t step,
+    Py_ssize_t n, real m, double total,
+) noexcept nogil:
+    """The result, the sum being total / HUGE_UNIT, in float64 and without overflow."""
+    cdef real pivot = pivot_of(m), magic = magic_of(m), lowest = lowest_of(magic)
+    cdef double unit, value
+    cdef Py_ssize_t j
+    unit = unit_of(m) if operation == LOG_SOFTMAX_BACKWARD else 1.0
+    for j in range(n):
+        value = HUGE_UNIT * g[j * step]
+        if operation == SOFTMAX_BACKWARD:
+            value = forward[j * step] * (value - total)
+        else:
+            value -= unit * exponential(forward[j * step], pivot, magic, lowest) * total
+        result[j * step] = <real>(value / HUGE_UNIT)
+
+
+cdef void backward_rows(
+    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+) noexcept nogil:
+    cdef real* kept = kept_rows(job, unit, scratch)
+    cdef const char* forward
+    cdef const char* upstream
+    cdef const real* p
+    cdef const real* g
+    cdef real* result
+    cdef real f, shrink, pivot, magic, lowest, m
+    cdef double total, unit_m
+    cdef bint huge
+    cdef Py_ssize_t i, b, c, j, width, first = unit * job.group, n = rows_in_unit(job, unit)
+    for i in range(n):
+        forward = row_of(job, job.logits, job.storage, first + i)
+        upstream = row_of(job, job.other, job.storage, first + i)
+        total = 0.0
+        for b in range(blocks_in(job.num_classes)):
+            c = b * BLOCK
+            width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+            g = load_block(job.storage, upstream, c, width, scratch)
+            if operation == SOFTMAX_BACKWARD:
+                p = load_block(job.storage, forward, c, width, scratch + BLOCK)
+                total += dot_block(g, p, width)
+            else:
+                total += sum_block(g, width)
+        f = <real>total
+        m = pivot = magic = lowest = shrink = 0
+        huge = is_huge(total, m)
+        if huge:
+            total = 0.0
+            for b in range(blocks_in(job.num_classes)):
+                c = b * BLOCK
+                width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+                g = load_block(job.storage, upstream, c, width, scratch)
+                p = load_block(job.storage, forward, c, width, scratch + BLOCK)
+                total += huge_sum(operation, g, p, 1, width)
+        if operation == LOG_SOFTMAX_BACKWARD:
+            m = reference_above(largest_of_row(job, forward, scratch))
+            unit_m = unit_of(m)
+            shrink = shrink_for(total * unit_m, m)
+            f = <real>(total / shrink * unit_m)
+            pivot, magic = pivot_of(m), magic_of(m)
+            lowest = lowest_of(magic)
+        for b in range(blocks_in(job.num_classes)):
+            c = b * BLOCK
+            width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+            g = load_block(job.storage, upstream, c, width, scratch)
+            p = load_block(job.storage, forward, c, width, scratch + BLOCK)
+            result = kept + i * job.row_step + c
+            if huge:
+                huge_difference(operation, g, p, result, 1, width, m, total)
+            elif operation == SOFTMAX_BACKWARD:
+                for j in range(width):
+                    result[j] = p[j] * (g[j] - f)
+            else:
+                for j in range(width):
+                    result[j] = subtract_product(
+                        exponential(p[j], pivot, magic, lowest) * shrink, f, g[j])
+    store_rows(job, first, n, kept)
+
+
+cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) noexcept nogil:
+    cdef real maximum[LANES]
+    cdef real pivot[LANES]
+    cdef real magic[LANES]
+    cdef real lowest[LANES]
+    cdef real f[LANES]
+    cdef real shrink[LANES]
+    cdef real lane[LANES]
+    cdef double total[LANES]
+    cdef double unit_m
+    cdef Py_ssize_t c, j, step = job.step
+    for j in range(LANES):
+        lane[j] = 0
+        total[j] = 0.0
+    for c in range(job.num_classes):
+        if operation == SOFTMAX_BACKWARD:
+            for j in range(LANES):
+                lane[j] += g[c * step + j] * p[c * step + j]
+        else:
+            for j in range(LANES):
+                lane[j] += g[c * step + j]
+        if c % RUN == RUN - 1:
+            for j in range(LANES):
+                total[j] += lane[j]
+                lane[j] = 0
+    for j in range(LANES):
+        total[j] += lane[j]
+        maximum[j] = 0
+    if operation == LOG_SOFTMAX_BACKWARD:
+        largest_in_lanes(job, p, maximum)
+        for j in range(LANES):
+            maximum[j] = reference_above(maximum[j])
+    for j in range(LANES):
+        if is_huge(total[j], lane[j]):
+            # The result takes the place of g, and what follows leaves that alone.
+            total[j] = huge_sum(operation, g + j, p + j, step, job.num_classes)
+            huge_difference(operation, g + j, p + j, g + j, step, job.num_classes, maximum[j],
+                           total[j])
+            if operation == SOFTMAX_BACKWARD:
+                for c in range(job.num_classes):
+                    p[c * step + j] = 1
+            total[j] = 0.0
+        f[j] = <real>total[j]
+    if operation == LOG_SOFTMAX_BACKWARD:
+        for j in range(LANES):
+            unit_m = unit_of(maximum[j])
+            shrink[j] = shrink_for(total[j] * unit_m, maximum[j])
+            f[j] = <real>(total[j] / shrink[j] * unit_m)
+            pivot[j] = pivot_of(maximum[j])
+            magic[j] = magic_of(maximum[j])
+            lowest[j] = lowest_of(magic[j])
+    for c in range(job.num_classes):
+        if operation == SOFTMAX_BACKWARD:
+            for j in range(LANES):
+                p[c * step + j] *= g[c * step + j] - f[j]
+        else:
+            for j in range(LANES):
+                p[c * step + j] = subtract_product(
+                    exponential(p[c * step + j], pivot[j], magic[j], lowest[j]) * shrink[j],
+                    f[j], g[c * step + j])

@@ -1,0 +1,206 @@
+# Blocks: runs of at most BLOCK elements, taken in chunks.
+
+cdef inline void pad(const real* x, Py_ssize_t n, Py_ssize_t skip, real* chunk) noexcept nogil:
+    """The first elements of x, at most n; -inf fills the chunk, and stands at skip."""
+    cdef int j, width = <int>min(n, <Py_ssize_t>CHUNK), hole = <int>skip
+    for j in range(CHUNK):
+        chunk[j] = x[j] if (j < width) & (j != hole) else <real>-INFINITY
+
+
+cdef inline real largest(const real* x, Py_ssize_t n) noexcept nogil:
+    """The maximum, NaN left aside."""
+    cdef real lane[CHUNK]
+    cdef real rest[CHUNK]
+    cdef Py_ssize_t chunk, j, whole = n - n % CHUNK
+    for j in range(CHUNK):
+        lane[j] = <real>-INFINITY
+    for chunk in range(n // CHUNK):
+        for j in range(CHUNK):
+            lane[j] = x[chunk * CHUNK + j] if x[chunk * CHUNK + j] > lane[j] else lane[j]
+    if whole < n:
+        pad(x + whole, n - whole, -1, rest)
+        for j in range(CHUNK):
+            lane[j] = rest[j] if rest[j] > lane[j] else lane[j]
+    if real is float:
+        return fl_max_f(lane)
+    else:
+        return fl_max_d(lane)
+
+
+cdef inline Py_ssize_t find(const real* x, Py_ssize_t n, real value) noexcept nogil:
+    """The first position of value, or n."""
+    cdef Py_ssize_t chunk, i, j
+    cdef int hits
+    for chunk in range(n // CHUNK):
+        i = chunk * CHUNK
+        hits = 0
+        for j in range(CHUNK):
+            hits |= x[i + j] == value
+        if hits:
+            for j in range(CHUNK):
+                if x[i + j] == value:
+                    return i + j
+    for j in range(n - n % CHUNK, n):
+        if x[j] == value:
+            return j
+    return n
+
+
+cdef inline bint holds_nan(const real* x, Py_ssize_t step, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j, count = 0
+    for j in range(n):
+        count += x[j * step] != x[j * step]
+    return count > 0
+
+
+cdef inline double exp_block(
+    const real* x, Py_ssize_t n, Py_ssize_t skip, real pivot, real magic, real* e,
+    const char* later, Py_ssize_t step,
+) noexcept nogil:
+    """The sum of the exponentials e, that at `skip` being 0; e has room for whole chunks.
+
+    Meanwhile memory from `later` on is fetched, `step` bytes a chunk.
+    """
+    cdef real lane[CHUNK]
+    cdef real value[CHUNK]
+    cdef real rest[CHUNK]
+    cdef real holed[CHUNK]
+    cdef real lowest = lowest_of(magic)
+    cdef const real* source
+    cdef Py_ssize_t chunk, i, j, whole = n // CHUNK, hole = -1
+    pad(x + whole * CHUNK, n - whole * CHUNK, -1, rest)
+    if 0 <= skip < n:
+        hole = skip // CHUNK
+        pad(x + hole * CHUNK, n - hole * CHUNK, skip % CHUNK, holed)
+    for j in range(CHUNK):
+        lane[j] = 0
+    for chunk in range((n + CHUNK - 1) // CHUNK):
+        i = chunk * CHUNK
+        source = x + i
+        if chunk == whole:
+            source = rest
+        if chunk == hole:
+            source = holed
+        fetch(later + chunk * step, step)
+        for j in range(CHUNK):
+            value[j] = exponential(source[j], pivot, magic, lowest)
+        for j in range(CHUNK):
+            lane[j] += value[j]
+        for j in range(CHUNK):
+            e[i + j] = value[j]
+    return fold(lane)
+
+
+cdef inline double fold(const real* lane) noexcept nogil:
+    """The sum of a chunk, in float64 and in a fixed order."""
+    if real is float:
+        return fl_sum_f(lane)
+    else:
+        return fl_sum_d(lane)
+
+
+cdef inline double fold_lanes(const double* lane) noexcept nogil:
+    return fold(lane) + fold(lane + CHUNK)
+
+
+cdef inline double sum_block(const real* g, Py_ssize_t n) noexcept nogil:
+    cdef real lane[CHUNK]
+    cdef Py_ssize_t chunk, i, j, whole = n - n % CHUNK
+    for j in range(CHUNK):
+        lane[j] = 0
+    for chunk in range(n // CHUNK):
+        i = chunk * CHUNK
+        for j in range(CHUNK):
+            lane[j] += g[i + j]
+    for j in range(n - whole):
+        lane[j] += g[whole + j]
+    return fold(lane)
+
+
+cdef inline double dot_block(const real* a, const real* b, Py_ssize_t n) noexcept nogil:
+    cdef real lane[CHUNK]
+    cdef Py_ssize_t chunk, i, j, whole = n - n % CHUNK
+    for j in range(CHUNK):
+        lane[j] = 0
+    for chunk in range(n // CHUNK):
+        i = chunk * CHUNK
+        for j in range(CHUNK):
+            lane[j] += a[i + j] * b[i + j]
+    for j in range(n - whole):
+        lane[j] += a[whole + j] * b[whole + j]
+    return fold(lane)
+
+
+cdef inline double gap_block(
+    const real* x, const real* weight, Py_ssize_t n, real m
+) noexcept nogil:
+    """sum of w_c (m - x_c), w_c relative; in float64 where it leaves the range of x."""
+    cdef double wide[CHUNK]
+    cdef real lane[CHUNK]
+    cdef double total
+    cdef Py_ssize_t chunk, i, j, width
+    for j in range(CHUNK):
+        lane[j] = 0
+        wide[j] = 0.0
+    for chunk in range(n // CHUNK):
+        i = chunk * CHUNK
+        if weight == NULL:
+            for j in range(CHUNK):
+                lane[j] += m - x[i + j]
+        else:
+            for j in range(CHUNK):
+                lane[j] += times(weight[i + j], m - x[i + j])
+    for j in range(n - n % CHUNK, n):
+        lane[j % CHUNK] += m - x[j] if weight == NULL else times(weight[j], m - x[j])
+    total = fold(lane)
+    if is_finite(total):
+        return total
+    for chunk in range((n + CHUNK - 1) // CHUNK):
+        i = chunk * CHUNK
+        width = min(n - i, <Py_ssize_t>CHUNK)
+        for j in range(width):
+            wide[j] += times(<double>1.0 if weight == NULL else <double>weight[i + j],
+                             <double>m - <double>x[i + j])
+    return fold(wide)
+
+
+cdef inline void soft_block(
+    const Job* job, const real* x, const real* t, Py_ssize_t start, Py_ssize_t n, real m,
+    double* gap, double* mass,
+) noexcept nogil:
+    """Add the sums of w_c t_c (m - x_c) and of w_c t_c from class start on, w_c relative."""
+    cdef double wide[CHUNK]
+    cdef real gap_lane[CHUNK]
+    cdef real mass_lane[CHUNK]
+    cdef const real* weight = <const real*>job.relative_weight + start
+    cdef real target_share = <real>(1.0 - job.options.label_smoothing)
+    cdef real uniform = <real>(job.options.label_smoothing / job.num_classes)
+    cdef real wt
+    cdef double total
+    cdef Py_ssize_t chunk, i, j, width
+    for j in range(CHUNK):
+        gap_lane[j] = mass_lane[j] = 0
+        wide[j] = 0.0
+    for chunk in range((n + CHUNK - 1) // CHUNK):
+        i = chunk * CHUNK
+        width = min(n - i, <Py_ssize_t>CHUNK)
+        if job.weight == NULL:
+            for j in range(width):
+                wt = target_share * t[i + j] + uniform
+                mass_lane[j] += wt
+                gap_lane[j] += times(wt, m - x[i + j])
+        else:
+            for j in range(width):
+                wt = weight[i + j] * (target_share * t[i + j] + uniform)
+                mass_lane[j] += wt
+                gap_lane[j] += times(wt, m - x[i + j])
+    mass[0] += fold(mass_lane)
+    total = fold(gap_lane)
+    if not is_finite(total):  # in float64 where it leaves the range of x
+        for j in range(n):
+            wt = target_share * t[j] + uniform
+            if job.weight != NULL:
+                wt *= weight[j]
+            wide[j % CHUNK] += times(<double>wt, <double>m - <double>x[j])
+        total = fold(wide)
+    gap[0] += total

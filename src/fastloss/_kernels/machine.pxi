@@ -1,0 +1,44 @@
+# The declarations of machine.h, and what it has for either type under one name.
+
+cdef extern from "machine.h":
+    enum:
+        FL_OPENMP
+        FL_IEEE_MODE
+    int fl_max_threads() noexcept nogil
+    int fl_thread_limit() noexcept nogil
+    int fl_cpu_runs(int level) noexcept nogil
+    unsigned int fl_set_float_mode(unsigned int mode) noexcept nogil
+
+    int32_t fl_bits_f(float) noexcept nogil
+    int64_t fl_bits_d(double) noexcept nogil
+    float fl_from_bits_f(int32_t) noexcept nogil
+    double fl_from_bits_d(int64_t) noexcept nogil
+    float fl_fma_f(float, float, float) noexcept nogil
+    double fl_fma_d(double, double, double) noexcept nogil
+    float fl_subtract_product_f(float, float, float) noexcept nogil
+    double fl_subtract_product_d(double, double, double) noexcept nogil
+    float fl_no_dust_f(float) noexcept nogil
+    double fl_no_dust_d(double) noexcept nogil
+
+    void fl_prefetch(const char*) noexcept nogil
+    void fl_stream(char*, const char*, size_t) noexcept nogil
+    void fl_end_stream() noexcept nogil
+    Py_ssize_t fl_halves_to_floats(const uint16_t*, float*, Py_ssize_t) noexcept nogil
+    Py_ssize_t fl_floats_to_halves(const float*, uint16_t*, Py_ssize_t) noexcept nogil
+
+    double fl_sum_f(const float*) noexcept nogil
+    double fl_sum_d(const double*) noexcept nogil
+    float fl_max_f(const float*) noexcept nogil
+    double fl_max_d(const double*) noexcept nogil
+    void fl_transpose_f(const float*, Py_ssize_t, float*, Py_ssize_t) noexcept nogil
+    void fl_transpose_d(const double*, Py_ssize_t, double*, Py_ssize_t) noexcept nogil
+
+
+cdef inline void transpose(
+    const real* source, Py_ssize_t source_step, real* to, Py_ssize_t to_step
+) noexcept nogil:
+    """Eight runs of eight numbers: to[i][j] = source[j][i]."""
+    if real is float:
+        fl_transpose_f(source, source_step, to, to_step)
+    else:
+        fl_transpose_d(source, source_step, to, to_step)

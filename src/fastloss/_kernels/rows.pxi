@@ -1,0 +1,322 @@
+# Rows: classes in the SIMD lanes.
+#
+# A unit is a group of rows, so that the scalar step has something to vectorise, and what is
+# written is a long run. Scratch: two blocks, and the group's rows with room for a last chunk.
+
+cdef inline const char* row_of(
+    const Job* job, const char* data, Storage storage, Py_ssize_t row
+) noexcept nogil:
+    return data + row * job.row_step * itemsize(storage)
+
+
+cdef inline Py_ssize_t row_numbers(const Job* job) noexcept nogil:
+    return 2 * BLOCK + job.summed * job.num_classes + CHUNK
+
+
+cdef inline real* kept_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept nogil:
+    """Where the rows of a group are put together: in scratch, or, of columns, where they are."""
+    if job.layout == ROWS:
+        return scratch + 2 * BLOCK
+    return <real*>job.out + unit * job.group * job.row_step
+
+
+cdef inline void store_rows(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, const real* kept
+) noexcept nogil:
+    if job.layout == ROWS:
+        store(job, first * job.num_classes, n * job.num_classes, kept)
+
+
+cdef inline real largest_of_row(const Job* job, const char* x, real* buffer) noexcept nogil:
+    cdef real m = <real>-INFINITY, block_m
+    cdef Py_ssize_t b, c, n
+    for b in range(blocks_in(job.num_classes)):
+        c = b * BLOCK
+        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+        block_m = largest(load_block(job.storage, x, c, n, buffer), n)
+        m = block_m if block_m > m else m
+    return m
+
+
+cdef inline void largest_of_rows(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, Rows* r, real* scratch
+) noexcept nogil:
+    # A loop of its own, like each stage: rows overlap in the processor, stages of one row cannot.
+    cdef Py_ssize_t i
+    for i in range(n):
+        r.maximum[i] = largest_of_row(
+            job, row_of(job, job.logits, job.storage, first + i), scratch)
+
+
+cdef inline Py_ssize_t find_in_row(
+    const Job* job, const char* x, real value, real* buffer
+) noexcept nogil:
+    """The first class whose score is value, or 0."""
+    cdef Py_ssize_t b, c, n, i
+    for b in range(blocks_in(job.num_classes)):
+        c = b * BLOCK
+        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+        i = find(load_block(job.storage, x, c, n, buffer), n, value)
+        if i < n:
+            return c + i
+    return 0
+
+
+cdef inline bint row_holds_nan(const Job* job, const char* x, real* buffer) noexcept nogil:
+    cdef Py_ssize_t b, c, n
+    for b in range(blocks_in(job.num_classes)):
+        c = b * BLOCK
+        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+        if holds_nan(load_block(job.storage, x, c, n, buffer), 1, n):
+            return True
+    return False
+
+
+cdef inline double exp_row(
+    const Job* job, const char* x, Py_ssize_t skip, real m, real* kept, real* scratch
+) noexcept nogil:
+    """The sum of the exponentials without class `skip`; unless NULL, kept receives them all.
+
+    Meanwhile the rows that come one unit later are fetched, so that memory is never idle.
+    """
+    cdef real pivot = pivot_of(m), magic = magic_of(m)
+    cdef real* e
+    cdef const real* block
+    cdef Py_ssize_t size = itemsize(job.storage)
+    cdef const char* later = x + min(job.group * job.row_step, <Py_ssize_t>AHEAD) * size
+    cdef double total = 0.0
+    cdef Py_ssize_t b, c, n
+    for b in range(blocks_in(job.num_classes)):
+        c = b * BLOCK
+        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+        block = load_block(job.storage, x, c, n, scratch)
+        e = scratch + BLOCK if kept == NULL else kept + c
+        total += exp_block(block, n, skip - c, pivot, magic, e,
+                           later + c * size, CHUNK * size)
+    return total
+
+
+cdef inline void scale_row(real* e, Py_ssize_t n, double factor) noexcept nogil:
+    cdef Py_ssize_t j
+    cdef real f = narrow_factor(e, n, factor)
+    for j in range(n):
+        e[j] *= f
+
+
+cdef inline real narrow_factor(real* e, Py_ssize_t n, double factor) noexcept nogil:
+    """The factor on e in the compute type; where it is too small for that, on 2**-SHIFT e."""
+    cdef real power = power_of(e[0])
+    cdef double narrow = factor * power
+    cdef Py_ssize_t j
+    if -tiny_of(power) < narrow < tiny_of(power) and factor != 0.0:
+        narrow = factor
+        for j in range(n):
+            e[j] *= power
+    return <real>narrow
+
+
+cdef void softmax_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept nogil:
+    cdef real* kept = kept_rows(job, unit, scratch)
+    cdef Rows r
+    cdef Py_ssize_t i, first = unit * job.group, n = rows_in_unit(job, unit)
+    largest_of_rows(job, first, n, &r, scratch)
+    for i in range(n):
+        r.others[i] = exp_row(job, row_of(job, job.logits, job.storage, first + i), -1,
+                              <real>r.maximum[i], kept + i * job.row_step, scratch)
+    for i in range(n):
+        scale_row(kept + i * job.row_step, job.num_classes,
+                  1.0 / (r.others[i] * power_of(scratch[0])))
+    store_rows(job, first, n, kept)
+
+
+cdef void log_softmax_rows(
+    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+) noexcept nogil:
+    """log_softmax, or, without its second pass, logsumexp."""
+    cdef real* kept = kept_rows(job, unit, scratch)
+    cdef Rows r
+    cdef const char* x
+    cdef const real* block
+    cdef real* result
+    cdef real m, log_sum
+    cdef Py_ssize_t i, b, c, j, width, first = unit * job.group, n = rows_in_unit(job, unit)
+    largest_of_rows(job, first, n, &r, scratch)
+    for i in range(n):
+        x = row_of(job, job.logits, job.storage, first + i)
+        m = <real>r.maximum[i]
+        r.target_logit[i] = m
+        r.others[i] = exp_row(job, x, find_in_row(job, x, m, scratch), m, <real*>NULL, scratch)
+    add_exponentials(&r, n, scratch[0])
+    for i in range(n):
+        r.log_sum[i] = log1p(r.others[i] / r.top[i])
+    result = kept
+    if operation == LOGSUMEXP:
+        for i in range(n):
+            x = row_of(job, job.logits, job.storage, first + i)
+            # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
+            if not is_finite(r.maximum[i]) and not row_holds_nan(job, x, scratch):
+                r.log_sum[i] = 0.0
+        for i in range(n):
+            result[i] = <real>(r.maximum[i] + r.log_sum[i])
+        store(job, first, n, result)
+        return
+    for i in range(n):
+        x = row_of(job, job.logits, job.storage, first + i)
+        m, log_sum = <real>r.maximum[i], <real>r.log_sum[i]
+        result = kept + i * job.row_step
+        for b in range(blocks_in(job.num_classes)):
+            c = b * BLOCK
+            width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+            block = load_block(job.storage, x, c, width, scratch)
+            for j in range(width):
+                result[c + j] = (block[j] - m) - log_sum
+    store_rows(job, first, n, kept)
+
+
+cdef void loss_rows(
+    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+) noexcept nogil:
+    cdef real* kept = kept_rows(job, unit, scratch)
+    cdef Rows r
+    cdef int64_t index[LANES]
+    cdef Py_ssize_t first = unit * job.group, n = rows_in_unit(job, unit)
+    reduce_rows(job, operation, first, n, &r, index, kept, scratch)
+    scalar_step(job, operation, &r, n)
+    job.partial[unit] = deliver_losses(job, first, n, r.loss)
+    if job.out != NULL:
+        write_rows(job, first, n, &r, index, kept, scratch)
+
+
+cdef inline void reduce_rows(
+    const Job* job, Operation operation, Py_ssize_t first, Py_ssize_t n, Rows* r, int64_t* index,
+    real* kept, real* scratch,
+) noexcept nogil:
+    """What the scalar step wants to know; if there is a gradient, kept receives exponentials.
+
+    The sum leaves out class `index`: the target, or, of soft targets, the maximum.
+    """
+    cdef const char* x
+    cdef real* e = NULL
+    cdef real m
+    cdef Py_ssize_t i
+    if has_soft_target(operation):
+        read_sample_weights(job, first, n, r)
+    else:
+        read_targets(job, first, n, index, r)
+    largest_of_rows(job, first, n, r, scratch)
+    for i in range(n):
+        r.others[i] = r.target_logit[i] = r.gap[i] = r.mass[i] = r.top_mass[i] = 0.0
+        if r.row_weight[i] == 0.0:
+            r.maximum[i] = 0.0
+            continue
+        x = row_of(job, job.logits, job.storage, first + i)
+        m = <real>r.maximum[i]
+        if has_soft_target(operation):
+            index[i] = find_in_row(job, x, m, scratch)
+        if has_soft_target(operation) or job.options.label_smoothing != 0.0:
+            gaps_of_row(job, first + i, i, r, m, index[i], scratch)
+        if job.out != NULL:
+            e = kept + i * job.row_step
+        r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
+        r.others[i] = exp_row(job, x, index[i], m, e, scratch)
+    add_exponentials(r, n, scratch[0])
+
+
+cdef void gaps_of_row(
+    const Job* job, Py_ssize_t row, Py_ssize_t i, Rows* r, real m, Py_ssize_t index, real* scratch
+) noexcept nogil:
+    """sum w_c t_c (m - x_c), the sum of w_c t_c without the maximum, and its w_k t_k.
+
+    Where targets are indices, only the first, without t_c: it is for label smoothing.
+    """
+    cdef const char* x = row_of(job, job.logits, job.storage, row)
+    cdef const char* targets = row_of(job, job.other, job.other_storage, row)
+    cdef const real* weight = NULL
+    cdef const real* block
+    cdef const real* t
+    cdef Py_ssize_t b, c, n, k
+    for b in range(blocks_in(job.num_classes)):
+        c = b * BLOCK
+        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+        block = load_block(job.storage, x, c, n, scratch)
+        if job.other == NULL:
+            if job.weight != NULL:
+                weight = <const real*>job.relative_weight + c
+            r.gap[i] += gap_block(block, weight, n, m)
+            continue
+        t = load_block(job.other_storage, targets, c, n, scratch + BLOCK)
+        k = min(max(index - c, <Py_ssize_t>0), n)
+        soft_block(job, block, t, c, k, m, &r.gap[i], &r.mass[i])
+        if k < n and c + k == index:
+            soft_block(job, block + k, t + k, index, 1, m, &r.gap[i], &r.top_mass[i])
+            k += 1
+        soft_block(job, block + k, t + k, c + k, n - k, m, &r.gap[i], &r.mass[i])
+    r.gap[i] *= job.largest_weight
+    r.mass[i] *= job.largest_weight
+    r.top_mass[i] *= job.largest_weight
+
+
+cdef inline void write_rows(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, const Rows* r, const int64_t* index, real* kept,
+    real* scratch,
+) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        write_row(job, first + i, i, r, index[i], kept + i * job.row_step, scratch)
+    store_rows(job, first, n, kept)
+
+
+cdef inline void write_row(
+    const Job* job, Py_ssize_t row, Py_ssize_t i, const Rows* r, Py_ssize_t index, real* e,
+    real* scratch,
+) noexcept nogil:
+    """From exponentials to the gradient: factor * e_c - spread * w_c t_c, and left_out at index."""
+    cdef const real* t
+    cdef const real* w = <const real*>job.relative_weight
+    cdef double spread = r.spread[i] * job.largest_weight
+    cdef real f, on_target, on_all
+    cdef Py_ssize_t b, c, j, n, num_classes = job.num_classes
+    if r.row_weight[i] == 0.0:
+        memset(e, 0, num_classes * sizeof(real))
+        return
+    if job.other == NULL and spread == 0.0:
+        scale_row(e, num_classes, r.factor[i])
+        e[index] = <real>r.left_out[i]
+        return
+    f = narrow_factor(e, num_classes, r.factor[i])
+    if job.other == NULL and job.weight == NULL:
+        on_all = <real>spread
+        for j in range(num_classes):
+            e[j] = e[j] * f - on_all
+    elif job.other == NULL:
+        on_all = <real>spread
+        for j in range(num_classes):
+            e[j] = e[j] * f - on_all * w[j]
+    else:
+        on_target = <real>(spread * (1.0 - job.options.label_smoothing))
+        on_all = <real>(spread * job.options.label_smoothing / job.num_classes)
+        for b in range(blocks_in(num_classes)):
+            c = b * BLOCK
+            n = min(num_classes - c, <Py_ssize_t>BLOCK)
+            t = load_block(job.other_storage, row_of(job, job.other, job.other_storage, row), c, n,
+                           scratch)
+            if job.weight == NULL:
+                for j in range(n):
+                    e[c + j] = e[c + j] * f - (on_target * t[j] + on_all)
+            else:
+                for j in range(n):
+                    e[c + j] = e[c + j] * f - w[c + j] * (on_target * t[j] + on_all)
+    e[index] = <real>r.left_out[i]
+
+
+cdef inline void row_unit(
+    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+) noexcept nogil:
+    if operation == SOFTMAX:
+        softmax_rows(job, unit, scratch)
+    elif operation == LOG_SOFTMAX or operation == LOGSUMEXP:
+        log_softmax_rows(job, operation, unit, scratch)
+    elif is_backward(operation):
+        backward_rows(job, operation, unit, scratch)
+    else:
+        loss_rows(job, operation, unit, scratch)

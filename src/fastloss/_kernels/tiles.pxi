@@ -1,0 +1,406 @@
+# Tiles: samples in the SIMD lanes.
+#
+# A tile is LANES samples that follow each other in (outer, inner) order, held in scratch as
+# [class][lane]; lanes without a sample hold zeros. A unit is one tile, or, where samples lie next
+# to each other in memory, several side by side, so that runs of memory are longer. Scratch: room
+# for samples one after the other, as rows, then the unit's tiles, twice; transposing moves eight by
+# eight, and may go seven beyond either. Then the carries, for runs of output that begin and end
+# within a cache line.
+
+cdef inline real* tile_of(const Job* job, real* scratch) noexcept nogil:
+    return scratch + (job.num_classes + 1) * LANES
+
+
+cdef inline real* other_tile_of(const Job* job, real* scratch) noexcept nogil:
+    return tile_of(job, scratch) + (job.num_classes + 8) * job.step
+
+
+cdef inline Py_ssize_t tile_numbers(const Job* job) noexcept nogil:
+    return (job.num_classes + 1) * LANES + 2 * (job.num_classes + 8) * job.step
+
+
+cdef inline void load_tiles(
+    const Job* job, Storage storage, const char* data, Py_ssize_t unit, real* tile, real* buffer
+) noexcept nogil:
+    cdef Py_ssize_t C = job.num_classes, inner = job.inner, step = job.step
+    cdef Py_ssize_t first = unit * job.group, n = rows_in_unit(job, unit)
+    cdef Py_ssize_t lane = 0, width, c, o, i
+    cdef const real* line
+    cdef real* to
+    if inner == 1:
+        line = load_block(storage, data, first * C, n * C, buffer)
+        if line != buffer and (first + LANES) * C + 8 > job.rows * C:
+            # Transposing must not read beyond the array.
+            memset(buffer, 0, LANES * C * sizeof(real))
+            memcpy(buffer, line, n * C * sizeof(real))
+            line = buffer
+        elif n < LANES:
+            memset(buffer + n * C, 0, (LANES - n) * C * sizeof(real))
+        for lane in range(0, LANES, 8):
+            for c in range(0, C, 8):
+                transpose(line + lane * C + c, C, tile + c * step + lane, step)
+        return
+    if n < job.group:
+        memset(tile, 0, C * step * sizeof(real))
+    while lane < n:
+        o, i = (first + lane) // inner, (first + lane) % inner
+        width = min(n - lane, inner - i)
+        for c in range(C):
+            to = tile + c * step + lane
+            line = load_block(storage, data, (o * C + c) * inner + i, width, to)
+            if line != to:
+                memcpy(to, line, width * sizeof(real))
+        lane += width
+
+
+cdef inline void store_tiles(
+    const Job* job, Py_ssize_t unit, const real* tile, real* buffer
+) noexcept nogil:
+    cdef Py_ssize_t C = job.num_classes, inner = job.inner, step = job.step
+    cdef Py_ssize_t first = unit * job.group, n = rows_in_unit(job, unit)
+    cdef Py_ssize_t lane = 0, width, c, o, i
+    if inner == 1:
+        # From the last classes to the first: what goes beyond a row is written over by the next.
+        for lane in range(0, LANES, 8):
+            for c in range((C - 1) // 8 * 8, -1, -8):
+                transpose(tile + c * step + lane, step, buffer + lane * C + c, C)
+        store(job, first * C, n * C, buffer)
+        return
+    while lane < n:
+        o, i = (first + lane) // inner, (first + lane) % inner
+        width = min(n - lane, inner - i)
+        for c in range(C):
+            store_run(job, carry_of(job, buffer, c), (o * C + c) * inner + i, width,
+                      tile + c * step + lane)
+        lane += width
+
+
+cdef inline void clear_dead_lanes(const Job* job, const Rows* r, real* tile) noexcept nogil:
+    """Nothing of a row that counts for nothing, a NaN least of all, gets through."""
+    cdef Py_ssize_t step = job.step, c, lane
+    cdef int dead = 0
+    for lane in range(LANES):
+        dead |= r.row_weight[lane] == 0.0
+    if not dead:
+        return
+    for lane in range(LANES):
+        if r.row_weight[lane] == 0.0:
+            for c in range(job.num_classes):
+                tile[c * step + lane] = 0
+
+
+cdef inline void largest_in_lanes(const Job* job, const real* tile, real* maximum) noexcept nogil:
+    cdef real m[LANES]
+    cdef Py_ssize_t step = job.step, c, j
+    for j in range(LANES):
+        m[j] = <real>-INFINITY
+    for c in range(job.num_classes):
+        for j in range(LANES):
+            m[j] = tile[c * step + j] if tile[c * step + j] > m[j] else m[j]
+    for j in range(LANES):
+        maximum[j] = m[j]
+
+
+cdef inline void find_in_lanes(
+    const Job* job, const real* tile, const real* maximum, int32_t* index
+) noexcept nogil:
+    """The first class whose score is the maximum, or 0."""
+    cdef real m[LANES]
+    cdef int32_t k[LANES]
+    cdef int32_t c
+    cdef Py_ssize_t step = job.step, j
+    for j in range(LANES):
+        m[j] = maximum[j]
+        k[j] = 0
+    for c in range(<int32_t>job.num_classes - 1, -1, -1):
+        for j in range(LANES):
+            k[j] = c if tile[c * step + j] == m[j] else k[j]
+    for j in range(LANES):
+        index[j] = k[j]
+
+
+cdef inline void exp_tile(
+    const Job* job, Py_ssize_t first, real* tile, const real* maximum, const int32_t* index,
+    bint keep_exponentials, Rows* r,
+) noexcept nogil:
+    """Sums of exponentials without class index; if kept, they take the place of the scores.
+
+    Meanwhile the scores of the unit after that of row `first` are fetched, so that memory is
+    never idle.
+    """
+    cdef real pivot[LANES]
+    cdef real magic[LANES]
+    cdef real lowest[LANES]
+    cdef real line[LANES]
+    cdef real lane[LANES]
+    cdef double total[LANES]
+    cdef int32_t hole[LANES]
+    cdef Py_ssize_t size = itemsize(job.storage), step = job.step, next = first + job.group
+    cdef Py_ssize_t later_step = (LANES if job.inner == 1 else job.inner) * size
+    cdef const char* later = job.logits + size * (
+        next // job.inner * job.num_classes * job.inner + next % job.inner)
+    cdef int32_t c
+    cdef Py_ssize_t j
+    for j in range(LANES):
+        pivot[j] = pivot_of(maximum[j])
+        magic[j] = magic_of(maximum[j])
+        lowest[j] = lowest_of(magic[j])
+        hole[j] = index[j]
+        lane[j] = 0
+        total[j] = 0.0
+    for c in range(<int32_t>job.num_classes):
+        fetch(later + c * later_step, LANES * size)
+        for j in range(LANES):
+            line[j] = exponential(tile[c * step + j], pivot[j], magic[j], lowest[j])
+        for j in range(LANES):
+            lane[j] += <real>0 if hole[j] == c else line[j]
+        if keep_exponentials:
+            for j in range(LANES):
+                tile[c * step + j] = line[j]
+        if c % RUN == RUN - 1:
+            for j in range(LANES):
+                total[j] += lane[j]
+                lane[j] = 0
+    for j in range(LANES):
+        r.maximum[j] = maximum[j]
+        r.others[j] = total[j] + lane[j]
+
+
+cdef inline void narrow_factors(const Job* job, real* tile, const Rows* r, real* f) noexcept nogil:
+    """As narrow_factor, for every lane."""
+    cdef real power = power_of(tile[0]), tiny = tiny_of(tile[0])
+    cdef double narrow[LANES]
+    cdef bint small = False
+    cdef Py_ssize_t step = job.step, c, j
+    for j in range(LANES):
+        narrow[j] = r.factor[j] * power
+        f[j] = <real>narrow[j]
+        small |= (-tiny < narrow[j]) & (narrow[j] < tiny) & (r.factor[j] != 0)
+    if not small:
+        return
+    for j in range(LANES):
+        if -tiny < narrow[j] < tiny:
+            f[j] = <real>r.factor[j]
+            for c in range(job.num_classes):
+                tile[c * step + j] *= power
+
+
+cdef inline real weight_of(const Job* job, Py_ssize_t c, real unused) noexcept nogil:
+    """The weight of a class, relative to the largest in magnitude."""
+    return <real>1.0 if job.weight == NULL else (<const real*>job.relative_weight)[c]
+
+
+cdef void softmax_tile(const Job* job, Py_ssize_t first, real* tile) noexcept nogil:
+    cdef Rows r
+    cdef real maximum[LANES]
+    cdef real inverse[LANES]
+    cdef int32_t index[LANES]
+    cdef Py_ssize_t c, j, step = job.step
+    largest_in_lanes(job, tile, maximum)
+    for j in range(LANES):
+        index[j] = -1
+    exp_tile(job, first, tile, maximum, index, True, &r)
+    for j in range(LANES):
+        inverse[j] = <real>(1.0 / r.others[j])
+    for c in range(job.num_classes):
+        for j in range(LANES):
+            tile[c * step + j] *= inverse[j]
+
+
+cdef void log_softmax_tile(
+    const Job* job, Operation operation, Py_ssize_t first, real* tile, real* buffer
+) noexcept nogil:
+    """log_softmax, or, without its second pass, logsumexp."""
+    cdef Rows r
+    cdef real maximum[LANES]
+    cdef real log_sum[LANES]
+    cdef int32_t index[LANES]
+    cdef Py_ssize_t c, j, step = job.step
+    largest_in_lanes(job, tile, maximum)
+    find_in_lanes(job, tile, maximum, index)
+    exp_tile(job, first, tile, maximum, index, False, &r)
+    for j in range(LANES):
+        r.target_logit[j] = r.maximum[j]
+    add_exponentials(&r, LANES, tile[0])
+    for j in range(LANES):
+        r.log_sum[j] = log1p(r.others[j] / r.top[j])
+    if operation == LOGSUMEXP:
+        for j in range(LANES):
+            if not is_finite(r.maximum[j]) and not holds_nan(tile + j, step, job.num_classes):
+                r.log_sum[j] = 0.0
+        for j in range(LANES):
+            buffer[j] = <real>(r.maximum[j] + r.log_sum[j])
+        store(job, first, min(job.rows - first, <Py_ssize_t>LANES), buffer)
+        return
+    for j in range(LANES):
+        log_sum[j] = <real>r.log_sum[j]
+    for c in range(job.num_classes):
+        for j in range(LANES):
+            tile[c * step + j] = (tile[c * step + j] - maximum[j]) - log_sum[j]
+
+
+cdef void loss_tile(
+    const Job* job, Operation operation, Py_ssize_t first, real* tile, real* targets
+) noexcept nogil:
+    cdef Rows r
+    cdef int32_t index[LANES]
+    cdef Py_ssize_t n = min(job.rows - first, <Py_ssize_t>LANES)
+    reduce_tile(job, operation, first, n, &r, index, tile, targets)
+    scalar_step(job, operation, &r, LANES)
+    job.partial[first // LANES] = deliver_losses(job, first, n, r.loss)
+    if job.out != NULL:
+        write_tile(job, &r, index, tile, targets)
+
+
+cdef inline void reduce_tile(
+    const Job* job, Operation operation, Py_ssize_t first, Py_ssize_t n, Rows* r, int32_t* index,
+    real* tile, real* targets,
+) noexcept nogil:
+    """As reduce_rows; exponentials take the place of the scores."""
+    cdef int64_t y[LANES]
+    cdef real maximum[LANES]
+    cdef Py_ssize_t j
+    for j in range(n, LANES):
+        y[j] = 0
+        r.row_weight[j] = r.target_weight[j] = 0.0
+    if has_soft_target(operation):
+        read_sample_weights(job, first, n, r)
+    else:
+        read_targets(job, first, n, y, r)
+        for j in range(LANES):
+            index[j] = <int32_t>y[j]
+    clear_dead_lanes(job, r, tile)
+    largest_in_lanes(job, tile, maximum)
+    if has_soft_target(operation):
+        clear_dead_lanes(job, r, targets)
+        find_in_lanes(job, tile, maximum, index)
+    for j in range(LANES):
+        r.target_logit[j] = tile[index[j] * job.step + j]
+        r.gap[j] = 0.0
+    if has_soft_target(operation) or job.options.label_smoothing != 0.0:
+        gaps_of_tile(job, tile, targets, maximum, index, r)
+    exp_tile(job, first, tile, maximum, index, job.out != NULL, r)
+    add_exponentials(r, LANES, tile[0])
+
+
+cdef inline void gaps_of_tile(
+    const Job* job, const real* tile, const real* targets, const real* maximum,
+    const int32_t* index, Rows* r,
+) noexcept nogil:
+    """As gaps_of_row, for every lane."""
+    cdef real gap[LANES]
+    cdef real mass[LANES]
+    cdef real m[LANES]
+    cdef double total_gap[LANES]
+    cdef double total_mass[LANES]
+    cdef int32_t hole[LANES]
+    cdef real target_share = <real>(1.0 - job.options.label_smoothing)
+    cdef real uniform = <real>(job.options.label_smoothing / job.num_classes)
+    cdef real w, wt
+    cdef int32_t c
+    cdef int bad = 0
+    cdef Py_ssize_t step = job.step, j
+    for j in range(LANES):
+        gap[j] = mass[j] = 0
+        total_gap[j] = total_mass[j] = 0.0
+        m[j] = maximum[j]
+        hole[j] = index[j]
+    for c in range(<int32_t>job.num_classes):
+        w = weight_of(job, c, maximum[0])
+        if targets == NULL:
+            for j in range(LANES):
+                gap[j] += times(w, m[j] - tile[c * step + j])
+        else:
+            for j in range(LANES):
+                wt = w * (target_share * targets[c * step + j] + uniform)
+                gap[j] += times(wt, m[j] - tile[c * step + j])
+                mass[j] += <real>0.0 if hole[j] == c else wt
+        if c % RUN == RUN - 1:
+            for j in range(LANES):
+                total_gap[j] += gap[j]
+                total_mass[j] += mass[j]
+                gap[j] = mass[j] = 0
+    for j in range(LANES):
+        total_gap[j] += gap[j]
+        total_mass[j] += mass[j]
+        bad |= not is_finite(total_gap[j])
+    if bad:  # in float64 where it leaves the range of x
+        for j in range(LANES):
+            if is_finite(total_gap[j]):
+                continue
+            total_gap[j] = 0.0
+            for c in range(<int32_t>job.num_classes):
+                wt = weight_of(job, c, maximum[0])
+                if targets != NULL:
+                    wt *= target_share * targets[c * step + j] + uniform
+                total_gap[j] += times(<double>wt, <double>m[j] - <double>tile[c * step + j])
+    for j in range(LANES):
+        r.gap[j] = job.largest_weight * total_gap[j]
+        if targets != NULL:
+            wt = weight_of(job, index[j], maximum[0]) * (
+                target_share * targets[index[j] * step + j] + uniform)
+            r.top_mass[j] = job.largest_weight * wt
+            r.mass[j] = job.largest_weight * total_mass[j]
+
+
+cdef inline void write_tile(
+    const Job* job, const Rows* r, const int32_t* index, real* tile, const real* targets
+) noexcept nogil:
+    """From exponentials to the gradient: factor * e_c - spread * w_c t_c, and left_out at index."""
+    cdef real f[LANES]
+    cdef real left_out[LANES]
+    cdef real on_target[LANES]
+    cdef real on_all[LANES]
+    cdef int32_t hole[LANES]
+    cdef double target_share = 1.0 - job.options.label_smoothing
+    cdef double uniform = job.options.label_smoothing / job.num_classes, spread
+    cdef real w
+    cdef int32_t c
+    cdef Py_ssize_t step = job.step, j
+    narrow_factors(job, tile, r, f)
+    for j in range(LANES):
+        spread = r.spread[j] * job.largest_weight
+        on_target[j] = <real>(spread * target_share)
+        on_all[j] = <real>(spread if targets == NULL else spread * uniform)
+        left_out[j] = <real>r.left_out[j]
+        hole[j] = index[j]
+    for c in range(<int32_t>job.num_classes):
+        w = weight_of(job, c, left_out[0])
+        if targets != NULL:
+            for j in range(LANES):
+                tile[c * step + j] = tile[c * step + j] * f[j] - w * (
+                    on_target[j] * targets[c * step + j] + on_all[j])
+        elif job.options.label_smoothing != 0.0:
+            for j in range(LANES):
+                tile[c * step + j] = tile[c * step + j] * f[j] - w * on_all[j]
+        else:
+            for j in range(LANES):
+                tile[c * step + j] *= f[j]
+        # In passing: numbers put one by one into the tile would hold up who then reads vectors.
+        for j in range(LANES):
+            tile[c * step + j] = left_out[j] if hole[j] == c else tile[c * step + j]
+
+
+cdef void tile_unit(
+    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+) noexcept nogil:
+    cdef real* tile = tile_of(job, scratch)
+    cdef real* other = NULL
+    cdef Py_ssize_t i, lane, first = unit * job.group
+    load_tiles(job, job.storage, job.logits, unit, tile, scratch)
+    if job.other != NULL:
+        other = other_tile_of(job, scratch)
+        load_tiles(job, job.other_storage, job.other, unit, other, scratch)
+    for i in range((rows_in_unit(job, unit) + LANES - 1) // LANES):
+        lane = i * LANES
+        if operation == SOFTMAX:
+            softmax_tile(job, first + lane, tile + lane)
+        elif operation == LOG_SOFTMAX or operation == LOGSUMEXP:
+            log_softmax_tile(job, operation, first + lane, tile + lane, scratch)
+        elif is_backward(operation):
+            backward_tile(job, operation, tile + lane, other + lane)
+        else:
+            loss_tile(job, operation, first + lane, tile + lane,
+                      other + lane if other != NULL else NULL)
+    if job.out != NULL and writes_rows(operation):
+        store_tiles(job, unit, tile, scratch)

@@ -1,0 +1,153 @@
+# Constants, and what a call and its rows look like to the kernels.
+
+ctypedef fused real:
+    float
+    double
+
+
+ctypedef fused integer:
+    int8_t
+    int16_t
+    int32_t
+    int64_t
+    uint8_t
+    uint16_t
+    uint32_t
+    uint64_t
+
+
+cdef double HUGE_UNIT = 5.421010862427522e-20  # 2**-64: what is scaled by it can be summed up
+
+
+cdef enum:
+    LANES = 64  # samples in a tile
+    # Classes of a row that are taken at a time: as many partial sums and maxima, which the compiler
+    # keeps in two zmm or four ymm registers.
+    CHUNK = 32
+    BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
+    RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
+    SHORT_ROW = 300  # rows of at most so many classes go into tiles, samples in the SIMD lanes
+    GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
+    TURN = 16  # classes of columns that are turned into rows at a time
+    TURNED = 16777216  # elements of the columns in a unit of work, at most LANES of them
+    WIDE = 16384  # elements of the tiles in a unit of work, where runs may be long
+    MOST_TILES = 8  # of a unit
+    FEWEST_UNITS = 32  # that are to be left when tiles are put together
+    AHEAD = 65536  # the most elements that are fetched ahead of their use
+    CHECK_BLOCK = 4096  # targets that one unit of check_target reads
+    LINE = 64  # bytes of a cache line
+    STREAM_BYTES = 16777216  # results from this size on are written past the caches
+
+
+cdef enum Storage:
+    FLOAT32
+    FLOAT64
+    FLOAT16
+    BFLOAT16
+
+
+cdef enum Layout:
+    ROWS
+    TILES
+    COLUMNS
+
+
+cdef enum Operation:
+    SOFTMAX
+    LOG_SOFTMAX
+    LOGSUMEXP
+    SOFTMAX_BACKWARD
+    LOG_SOFTMAX_BACKWARD
+    CROSS_ENTROPY
+    CROSS_ENTROPY_SOFT
+    NLL
+    NLL_BACKWARD
+
+
+cdef inline bint is_backward(Operation operation) noexcept nogil:
+    return operation == SOFTMAX_BACKWARD or operation == LOG_SOFTMAX_BACKWARD
+
+
+cdef inline bint is_nll(Operation operation) noexcept nogil:
+    """Whether rows are not gone through, but an element of each picked out."""
+    return operation == NLL or operation == NLL_BACKWARD
+
+
+cdef inline bint has_losses(Operation operation) noexcept nogil:
+    return operation == CROSS_ENTROPY or operation == CROSS_ENTROPY_SOFT or operation == NLL
+
+
+cdef inline bint has_soft_target(Operation operation) noexcept nogil:
+    """Whether the target is probabilities."""
+    return operation == CROSS_ENTROPY_SOFT
+
+
+cdef inline bint writes_rows(Operation operation) noexcept nogil:
+    """Whether out, where there is one, is like the scores, and written row by row."""
+    return operation != LOGSUMEXP and not is_nll(operation)
+
+
+cdef struct Options:
+    # Fields as in _contract.Options.
+    int64_t ignore_index
+    double label_smoothing
+    double z_loss
+
+
+cdef struct Job:
+    # One call, as its threads see it.
+    Py_ssize_t rows, num_classes, inner
+    Layout layout
+    Storage storage
+    const char* logits  # or log_probs, or probs
+    const char* other  # grad_output, or target probabilities
+    Storage other_storage
+    char* out  # or grad; NULL where only the loss is wanted
+    bint stream  # whether out is written past the caches
+    const char* target
+    int target_kind  # 0 to 3: signed, of 1 << kind bytes; 4 to 7: unsigned
+    const double* weight
+    const void* relative_weight  # weight / largest_weight, in the compute type
+    double largest_weight  # in magnitude; 1 without weights
+    double weight_sum
+    const double* sample_weight
+    Options options
+    double scale
+    char* losses
+    Py_ssize_t summed  # rows whose losses are added up together
+    double* partial  # these sums
+    Py_ssize_t group  # rows in a unit of work
+    Py_ssize_t row_step  # from a row to the next
+    Py_ssize_t step  # from a class to the next in the tiles of a unit
+    Py_ssize_t numbers  # of scratch; the carries, one a class, lie behind them
+
+
+cdef inline Py_ssize_t rows_in_unit(const Job* job, Py_ssize_t unit) noexcept nogil:
+    return min(job.group, job.rows - unit * job.group)
+
+
+cdef struct Carry:
+    # The end of a run of output that did not fill its cache line: it waits for the next run.
+    char* end
+    char line[LINE]
+
+
+cdef struct Rows:
+    # The scalar step, for as many rows as there are lanes. In:
+    double maximum[LANES]
+    double others[LANES]  # sum of the exponentials of all classes but one
+    double target_logit[LANES]
+    double target_weight[LANES]
+    double row_weight[LANES]  # sample weight; 0 for rows that count for nothing
+    double gap[LANES]  # sum of w_c (maximum - x_c)
+    double mass[LANES]  # of soft targets: sum of w_c t_c, all classes but the maximum's
+    double top_mass[LANES]  # of soft targets: w_k t_k at the maximum's class k
+    # On the way: the exponentials of the maximum and of the target, and log sum exp(x - maximum).
+    double top[LANES]
+    double target_exp[LANES]
+    double log_sum[LANES]
+    # Out: g_c = factor * 2**-SHIFT * exponential_c - spread * w_c, except at the class left out.
+    double loss[LANES]
+    double factor[LANES]
+    double spread[LANES]
+    double left_out[LANES]

@@ -1,0 +1,62 @@
+"""The compiled backends are written alike: a thought is one file, a function has one name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src/fastloss"
+CYTHON, NUMBA = SOURCE / "_kernels", SOURCE / "_numba"
+ENTRIES = {"entries", "__init__"}  # in Cython: _kernels.pyx
+JIT = {"jit"}  # nothing that Cython needs
+# Functions that one backend has without the other, by the reason.
+ALONE = {
+    "C has the function, or Cython a pointer, where Numba needs code of its own": {
+        "borrow", "as_input", "lanes", "prefetch", "stream_line", "end_stream", "set_float_mode",
+        "load_index", "convert_half", "call_share", "load_one", "load_into", "copy", "largest_lane",
+    },
+    "arrays know their size and type, and slices where they begin; pointers do not": {
+        "itemsize", "blocks_in", "row_of", "weight_of", "tile_of", "other_tile_of", "turned_of",
+        "kept_rows", "largest_of_row", "is_finite", "power_of_job", "widen", "row_scratch",
+        "tile_scratch", "rows_of", "rows_to", "rows_in_unit", "carries", "fold_lanes",
+    },
+    "a unit is taken through its stages in Numba's entries, share by share": {
+        "row_unit", "tile_unit", "column_unit", "job_of_rows", "loss_rows", "loss_tile",
+    },
+    "a loop of its own is what LLVM vectorises": {
+        "softmax_vjp", "log_softmax_vjp", "shift_block", "scale_and_spread", "scale_and_subtract",
+        "transpose_rows", "store_halves",
+    },
+    "sums of soft targets: one loop in Cython, two reductions in Numba": {
+        "soft_block", "soft_gap", "soft_mass",
+    },
+    "Numba is told the operation when it compiles: there is a share for each": {
+        "is_backward", "is_nll", "has_losses", "has_soft_target", "writes_rows",
+    },
+}  # fmt: skip
+FILES = sorted(path.stem for path in CYTHON.glob("*.pxi"))
+
+pytestmark = pytest.mark.skipif(not NUMBA.is_dir(), reason="Numba's kernels are still in one file")
+
+
+def functions_of(path):
+    """Those of a file for others to call."""
+    names = re.findall(r"^(?:cdef [^\n=]*?|def )\b(\w+)\(", path.read_text(), re.MULTILINE)
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_one_thought_is_one_file():
+    assert {path.stem for path in NUMBA.glob("*.py")} == {*FILES, *ENTRIES, *JIT}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_one_function_has_one_name(file):
+    different = functions_of(CYTHON / f"{file}.pxi") ^ functions_of(NUMBA / f"{file}.py")
+    assert different <= set().union(*ALONE.values())
+
+
+def test_what_stands_alone_does():
+    """And is still there."""
+    cython = set().union(*(functions_of(CYTHON / f"{file}.pxi") for file in FILES))
+    numba = set().union(*(functions_of(NUMBA / f"{file}.py") for file in FILES))
+    assert set().union(*ALONE.values()) <= cython ^ numba
