@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import need
+from support.backends import need
 
 torch = need("torch")
 import fastloss.torch as ft  # noqa: E402
