@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import FLOATS, HALVES
+from support.cases import FLOATS, HALVES
 
 import fastloss as fl
 
