@@ -49,6 +49,19 @@ def test_half_types_are_computed_in_float32_and_rounded_once(case, layout, dtype
             np.testing.assert_array_equal(result, float32.astype(dtype))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", SOME_LAYOUTS[1:], ids=str)
+def test_half_scores_next_to_probabilities_of_float32(layout, dtype, backend):
+    """Each is read in its own type."""
+    case = cases.by_name["soft grad all"]
+    _, *others = case.problem(layout.n, layout.num_classes, np.float32)
+    scores, *_ = case.problem(layout.n, layout.num_classes, dtype)
+    loss, grad = case.call(layout, (scores, *others), backend=backend)
+    expected = case.call(layout, (scores.astype(np.float32), *others), backend=backend)
+    assert loss == expected[0]
+    np.testing.assert_array_equal(grad, expected[1].astype(dtype))
+
+
 @pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
 @pytest.mark.parametrize("layout", [*SOME_LAYOUTS, Layout(1, 128256)], ids=str)
 @pytest.mark.parametrize("name", ["grad none", "grad label_smoothing", "soft grad"])

@@ -287,6 +287,10 @@ NOTHING = {
     "all class weights 0": (
         np.ones((4, 3), np.float32), np.zeros(4, int), {"weight": np.zeros(3)},
     ),
+    "all class weights 0, whatever the smoothing": (
+        np.full((4, 3), NAN, np.float32), np.zeros(4, int),
+        {"weight": np.zeros(3), "label_smoothing": 0.1},
+    ),
     "the targets' weights 0, smoothed": (
         np.ones((4, 3), np.float32), np.zeros(4, int),
         {"weight": [0, 1, 1], "label_smoothing": 0.1},
@@ -444,6 +448,22 @@ def test_maxima_halfway_between_two_powers_of_two(dtype, num_classes, backend):
     np.testing.assert_allclose(grad[:, 0], 1 / (1 + np.exp(-1.0)), rtol=2e-5)
     lse = fl.logsumexp(logits, backend=backend)
     np.testing.assert_allclose(lse - maxima, np.log1p(np.exp(-1.0)), atol=5e-5)
+
+
+@pytest.mark.parametrize("num_classes", [65, 321, 2113], ids=["in tiles", "in rows", "in blocks"])
+def test_a_maximum_anywhere(num_classes, backend):
+    """So far above the others that nothing but it can be taken off: one class behind the last
+    whole chunk, too.
+    """
+    x = np.full((num_classes, num_classes), -100, np.float32)
+    np.fill_diagonal(x, 100)
+    p = fl.softmax(x, backend=backend)
+    np.testing.assert_allclose(p, np.eye(num_classes), rtol=1e-6, atol=0)
+    np.testing.assert_allclose(fl.logsumexp(x, backend=backend), 100, rtol=1e-6)
+    target = np.arange(num_classes)
+    losses = fl.cross_entropy(x, target[::-1], reduction="none", backend=backend)
+    expected = np.where(target == target[::-1], 0, 200)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

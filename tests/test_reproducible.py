@@ -241,7 +241,9 @@ def test_out_and_in_place(case, layout, dtype, backend):
 
 @pytest.mark.parametrize("dtype", [*FLOATS, HALVES[0]], ids=str)
 @pytest.mark.parametrize(
-    "layout", [Layout(*shape) for shape in [(2, 21, 200001), (280001, 31), (9, 1000003)]], ids=str
+    "layout",
+    [Layout(*shape) for shape in [(2, 21, 200001), (280001, 31), (9, 1000003), (140001, 20, 3)]],
+    ids=str,
 )
 def test_large_results_that_go_past_the_caches(layout, dtype, backend):
     """The bits of a result in place, which does not, at any place of `out` in its cache lines."""

@@ -67,6 +67,30 @@ def test_log_probabilities_above_0(dtype, layout, backend):
         assert_close_or_too_large(layout.rows(result, "logits"), right, dtype)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_tiny_upstream_gradients_lose_no_digits(dtype, layout, backend):
+    """Nor when on the way they are multiplied by what is smaller still."""
+    rng = np.random.default_rng(5)
+    shape = (layout.n, layout.num_classes)
+    log_probs = fl.log_softmax(rng.normal(size=shape).astype(dtype), backend="numpy")
+    g = rng.uniform(0.5, 1, shape).astype(dtype)
+    tiny = dtype.type(2.0 ** (int(np.log2(np.finfo(dtype).smallest_normal)) + 16))
+    for name, forward in ("log_softmax", log_probs), ("softmax", np.exp(log_probs)):
+        backward = getattr(fl, f"{name}_backward")
+        ordinary, small = (
+            layout.rows(
+                backward(
+                    *map(layout.arrange, (upstream, forward)), axis=layout.axis, backend=backend
+                ),
+                "logits",
+            ).astype(LONG)
+            for upstream in (g, g * tiny)
+        )
+        error = np.abs(small - ordinary * LONG(tiny))
+        assert (error <= 2 * ulp(np.abs(ordinary).max() * LONG(tiny), dtype)).all()
+
+
 @pytest.mark.parametrize("target", ["indices", "probabilities"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("layout", [*LAYOUTS, Layout(3, 2100)], ids=str)
