@@ -383,14 +383,18 @@ def linear_cross_entropy(
     _linear.check_shapes(inputs)
     if ignore_index is None:
         theirs["ignore_index"] = _arguments.DEFAULT_IGNORE_INDEX
-    l2 = _arguments.l2(own.pop("l2"), reduction)
+    penalty: Any = _number(own.pop("l2"), "l2")
+    if not isinstance(penalty, Tensor):  # else nobody knows yet what is in it
+        penalty = _arguments.l2(penalty, reduction)
     loss_options = _options("cross_entropy", target.is_floating_point(), **theirs, **own)
     if not _linear.is_fused(inputs):
         loss = apply(inputs.with_scores(), loss_options)
-        return loss + l2 * linear_weight.square().sum() if l2 else loss
+        if isinstance(penalty, Tensor) or penalty:
+            loss = loss + (penalty * linear_weight.square().sum()).to(loss.dtype)
+        return loss
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _linear.LinearLoss.apply(*inputs, loss_options, l2)
-    return _linear.losses(inputs, loss_options, l2)
+        return _linear.LinearLoss.apply(*inputs, loss_options, penalty)
+    return _linear.losses(inputs, loss_options, penalty)
 
 
 def _loss(
