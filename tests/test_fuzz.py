@@ -131,8 +131,9 @@ def test_targets_changed_between_check_and_use(shape, dtype, backend, monkeypatc
     garbage = [info.min or info.max - 1, info.max if info.max > 1000 else -1]
     check = kernels.check_target
 
-    def check_and_change(target, *arguments):
-        answer = check(target, *arguments)
+    def check_and_change(labels, *arguments):
+        answer = check(labels, *arguments)
+        target = labels.target
         target.flat[::2] = np.resize(np.array(garbage, dtype), target.flat[::2].size)
         return answer
 

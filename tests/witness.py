@@ -74,10 +74,13 @@ def _extremes():
         for layout in SOME_LAYOUTS:
             with np.errstate(over="ignore"):
                 problem = [
-                    array if array.dtype != dtype or array.ndim < 2
-                    else np.where(rng.random(array.shape) < 0.02, rng.choice(EXTREMES, array.shape), array).astype(dtype)
-                    for array in case.problem(layout.n, layout.num_classes, dtype)
-                ]  # fmt: skip
+                    np.where(rng.random(a.shape) < 0.02, rng.choice(EXTREMES, a.shape), a).astype(
+                        dtype
+                    )
+                    if a.dtype == dtype and a.ndim == 2
+                    else a
+                    for a in case.problem(layout.n, layout.num_classes, dtype)
+                ]
             yield from _call(f"{case.name}, {dtype}, {layout}, extremes", case, layout, problem)
 
 

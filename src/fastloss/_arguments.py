@@ -15,12 +15,15 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastloss._contract import Kernels, Labels, Options
+
 DEFAULT_IGNORE_INDEX = -100
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _FLOAT_NAMES = ("float32", "float64", "float16", "bfloat16")
 _REAL_KINDS = frozenset("biufV")  # V: bfloat16, for one
 _REDUCTIONS = ("mean", "sum", "none")
+_LARGEST_INT64 = (1 << 63) - 1
 
 
 class Logits(NamedTuple):
@@ -161,7 +164,50 @@ def _behaved(array: np.ndarray) -> np.ndarray:
     return array if array.flags.aligned else array.copy()
 
 
-def target(value: ArrayLike, x: Logits, rows: Rows, probabilities: bool) -> np.ndarray:
+def labels(
+    kernels: Kernels,
+    x: Logits,
+    target: ArrayLike,
+    weight: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    options: Options,
+    threads: int,
+    *,
+    probabilities: bool = True,
+) -> tuple[Labels, float]:
+    """Check targets and weights against the scores; find the divisor of the mean, too."""
+    rows = x.rows
+    w = _class_weight(weight, x)
+    s = _sample_weight(sample_weight, rows)
+    checked = Labels(_target(target, x, rows, probabilities), w, s)
+    if checked.soft:
+        if options.ignore_index != DEFAULT_IGNORE_INDEX:
+            raise ValueError(
+                f"ignore_index = {options.ignore_index} is for class indices; "
+                "target holds probabilities"
+            )
+        return checked, float(math.prod(rows.shape) if s is None else s.sum())
+    indices = checked.target
+    if options.ignore_index == _LARGEST_INT64 and indices.dtype == np.uint64:
+        # Kernels read all that an int64 does not hold as its largest.
+        checked = checked._replace(target=indices.view(np.int64))
+    num_classes = x.normal.shape[1]
+    bad, total_weight = kernels.check_target(checked, options, num_classes, threads)
+    if bad >= 0:
+        raise_target_out_of_range(indices, rows, num_classes, bad)
+    return checked, total_weight
+
+
+def raise_target_out_of_range(
+    target: np.ndarray, rows: Rows, num_classes: int, flat_index: int
+) -> NoReturn:
+    raise IndexError(
+        f"target{rows.place(flat_index)} = {target.flat[flat_index]} is out of range for "
+        f"{num_classes} classes"
+    )
+
+
+def _target(value: ArrayLike, x: Logits, rows: Rows, probabilities: bool) -> np.ndarray:
     """Class indices in the form ``(outer, inner)``, or probabilities in the form of the logits.
 
     Whether the indices are in range is for the kernel ``check_target`` to find out.
@@ -196,16 +242,7 @@ def target(value: ArrayLike, x: Logits, rows: Rows, probabilities: bool) -> np.n
     return x.normalize(array)
 
 
-def raise_target_out_of_range(
-    target: np.ndarray, rows: Rows, num_classes: int, flat_index: int
-) -> NoReturn:
-    raise IndexError(
-        f"target{rows.place(flat_index)} = {target.flat[flat_index]} is out of range for "
-        f"{num_classes} classes"
-    )
-
-
-def class_weight(value: ArrayLike | None, x: Logits) -> np.ndarray | None:
+def _class_weight(value: ArrayLike | None, x: Logits) -> np.ndarray | None:
     """float64 weights of the classes."""
     if value is None:
         return None
@@ -214,7 +251,7 @@ def class_weight(value: ArrayLike | None, x: Logits) -> np.ndarray | None:
     return np.ascontiguousarray(array)
 
 
-def sample_weight(value: ArrayLike | None, rows: Rows) -> np.ndarray | None:
+def _sample_weight(value: ArrayLike | None, rows: Rows) -> np.ndarray | None:
     """float64 weights of the rows in the form ``(outer, inner)``."""
     if value is None:
         return None
@@ -238,7 +275,15 @@ def _weights(value: ArrayLike, shape: tuple[int, ...], name: str, reason: str) -
     return array
 
 
-def ignore_index(value: Any) -> int:
+def options(ignore_index: Any, label_smoothing: Any = 0.0, z_loss: Any = 0.0) -> Options:
+    """Check what a loss takes beside its arrays."""
+    smoothing = _real(label_smoothing, "label_smoothing")
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"label_smoothing = {smoothing} is out of range; it must be from 0 to 1")
+    return Options(_ignore_index(ignore_index), smoothing, _not_negative(z_loss, "z_loss"))
+
+
+def _ignore_index(value: Any) -> int:
     try:
         index = operator.index(value)
     except TypeError:
@@ -248,34 +293,30 @@ def ignore_index(value: Any) -> int:
     return index
 
 
-def refuse_ignore_index(index: int) -> None:
-    if index != DEFAULT_IGNORE_INDEX:
-        raise ValueError(f"ignore_index = {index} is for class indices; target holds probabilities")
+class Reduction(NamedTuple):
+    """What becomes of the losses of the rows."""
+
+    name: str
+    normalizer: float | None  # replaces the divisor of the mean
+
+    def divisor(self, total_weight: float) -> float:
+        """Of the sum of the losses; 0 where no row counts."""
+        if self.normalizer is not None:
+            return self.normalizer
+        return total_weight if self.name == "mean" else 1.0
 
 
-def label_smoothing(value: Any) -> float:
-    number = _real(value, "label_smoothing")
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(f"label_smoothing = {number} is out of range; it must be from 0 to 1")
-    return number
-
-
-def z_loss(value: Any) -> float:
-    return _not_negative(value, "z_loss")
-
-
-def reduction(value: Any, normalizer: Any) -> float | None:
-    """Check the reduction; return the normalizer that is to replace the mean's own divisor."""
+def reduction(value: Any, normalizer: Any) -> Reduction:
     if not isinstance(value, str) or value not in _REDUCTIONS:
         raise ValueError(f"reduction = {value!r} is not one of {', '.join(map(repr, _REDUCTIONS))}")
     if normalizer is None:
-        return None
+        return Reduction(value, None)
     if value != "mean":
         raise ValueError(f"normalizer replaces the divisor of the mean; reduction = {value!r}")
     number = _real(normalizer, "normalizer")
     if not 0.0 < number < math.inf:
         raise ValueError(f"normalizer = {number} is not a finite number above 0")
-    return number
+    return Reduction(value, number)
 
 
 def l2(value: Any, reduction: str = "mean") -> float:

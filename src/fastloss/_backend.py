@@ -1,6 +1,6 @@
 """Which backend runs.
 
-A backend is a module with the functions of ``_reference``.  To add one, add a line to ``_MODULES``.
+A backend is a module as ``_contract`` describes it.  To add one, add a line to ``_MODULES``.
 Modules are imported when first asked for: ``import fastloss`` stays cheap, and a missing backend
 hurts only those who name it.
 """
@@ -8,8 +8,9 @@ hurts only those who name it.
 import importlib
 import os
 import sys
-from types import ModuleType
+from typing import TYPE_CHECKING
 
+from fastloss._contract import Kernels
 from fastloss._threads import get_num_threads, threads_for, usable_cpus
 
 _MODULES = {
@@ -25,11 +26,16 @@ _INSTALL = {
     "numpy": "run `pip install numpy`",
 }
 
+if TYPE_CHECKING:  # which backends are what the contract asks for
+    from fastloss import _cython, _reference
+
+    _CHECKED: tuple[Kernels, ...] = (_cython, _reference)
+
 _ready: set[str] = set()  # backends whose import has succeeded
-_selected: ModuleType | None = None  # what calls without backend= use; None: not yet decided
+_selected: Kernels | None = None  # what calls without backend= use; None: not yet decided
 
 
-def resolve(backend: str | None) -> ModuleType:
+def resolve(backend: str | None) -> Kernels:
     """The backend's module: the keyword, else set_backend, else FASTLOSS_BACKEND, else auto."""
     global _selected
     if backend is not None:
@@ -39,7 +45,7 @@ def resolve(backend: str | None) -> ModuleType:
     return _selected
 
 
-def _load(name: str, argument: str) -> ModuleType:
+def _load(name: str, argument: str) -> Kernels:
     if isinstance(name, str) and name == "auto":
         return _load_auto()
     if not isinstance(name, str) or name not in _MODULES:
@@ -57,7 +63,7 @@ def _load(name: str, argument: str) -> ModuleType:
         ) from error
 
 
-def _load_auto() -> ModuleType:
+def _load_auto() -> Kernels:
     failures = []
     for name in _AUTO:
         try:
@@ -67,7 +73,7 @@ def _load_auto() -> ModuleType:
     raise ImportError("; ".join(failures))
 
 
-def _name(module: ModuleType) -> str:
+def _name(module: Kernels) -> str:
     return next(name for name, path in _MODULES.items() if path == module.__name__)
 
 
@@ -161,9 +167,7 @@ def warmup(backend: str | None = None) -> None:
     >>> import fastloss as fl
     >>> fl.warmup("cython")
     """
-    module = resolve(backend)
-    if hasattr(module, "warmup"):
-        module.warmup()
+    resolve(backend).warmup()
 
 
 def show_config() -> None:
@@ -200,8 +204,7 @@ def config() -> dict[str, str]:
         failure = _failure(name)
         result[f"backend {name}"] = "available" if failure is None else failure
         if failure is None:
-            describe = getattr(_load(name, "backend"), "describe", dict)
-            result.update(describe())
+            result.update(_load(name, "backend").describe())
     return result
 
 

@@ -4,17 +4,16 @@ Kernels are called as ``functional`` calls them and with the same arrays as the 
 shapes that reach every layout, on one thread and on two, in place and not, with each option.
 """
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastloss import _backend, _reference
 from fastloss._bench import as_dtype, ulp
+from fastloss._contract import Kernels, Labels, Loss, Options
 
 CLASSES = (1, 2, 3, 17, 64, 65, 1000, 3000)
 _IGNORED = -100
@@ -28,8 +27,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {  # weighted, label_smoothing, z_loss
     "cross_entropy weighted": {"weighted": True},
     "cross_entropy smoothed": {"weighted": True, "label_smoothing": 0.1},
     "cross_entropy z_loss": {"z_loss": 0.01},
-    "cross_entropy_soft": {},
-    "cross_entropy_soft all": {"weighted": True, "label_smoothing": 0.1, "z_loss": 0.01},
+    "cross_entropy soft": {},
+    "cross_entropy soft all": {"weighted": True, "label_smoothing": 0.1, "z_loss": 0.01},
     "nll_loss": {},
     "nll_loss weighted": {"weighted": True},
 }
@@ -51,9 +50,9 @@ class Outcome(NamedTuple):
         return [backend for backend, share in self.worst.items() if not share <= 1]
 
 
-def backends() -> tuple[dict[str, ModuleType], dict[str, str]]:
+def backends() -> tuple[dict[str, Kernels], dict[str, str]]:
     """The kernels to check by name, Cython's once for each instruction set; and what is missing."""
-    found: dict[str, ModuleType] = {}
+    found: dict[str, Kernels] = {}
     missing: dict[str, str] = {}
     for name in ("cython", "numba"):
         try:
@@ -62,8 +61,10 @@ def backends() -> tuple[dict[str, ModuleType], dict[str, str]]:
             missing[name] = str(error)
             continue
         if name == "cython":
-            for isa in module.available_isas():
-                found[f"cython {isa}"] = importlib.import_module(module._BUILDS[isa][0])
+            from fastloss import _cython
+
+            for isa in _cython.available_isas():
+                found[f"cython {isa}"] = importlib.import_module(_cython._BUILDS[isa][0])
         else:
             found[name] = module
     return found, missing
@@ -74,7 +75,7 @@ def dtypes() -> list[str]:
     return names + ["bfloat16"] * (importlib.util.find_spec("ml_dtypes") is not None)
 
 
-def run(kernels: Mapping[str, ModuleType], classes: Sequence[int] = CLASSES) -> Iterator[Outcome]:
+def run(kernels: Mapping[str, Kernels], classes: Sequence[int] = CLASSES) -> Iterator[Outcome]:
     for dtype in dtypes():
         problems = [
             Problem(shape, dtype, threads, edges)
@@ -147,7 +148,7 @@ class Problem:
     def __str__(self) -> str:
         return f"(outer, C, inner) = {self.shape}{' with NaN and inf' * self.edges}"
 
-    def call(self, kernels: ModuleType, operation: str) -> Arrays:
+    def call(self, kernels: Kernels, operation: str) -> Arrays:
         """The outputs of one operation by name."""
         if operation == "check_target":
             return self._check_target(kernels)
@@ -158,17 +159,20 @@ class Problem:
             return self._map(getattr(kernels, operation), self.grad_output, forward)
         return self._loss(kernels, operation)
 
-    def _check_target(self, kernels: ModuleType) -> Arrays:
-        check = functools.partial(kernels.check_target, num_threads=self.threads)
+    def _check_target(self, kernels: Kernels) -> Arrays:
         bad = self.target.copy()
         bad[-1, 0] = self.shape[1]
-        common = (self.shape[1], _IGNORED)
+        problems = {
+            "count": Labels(self.target, None, None),
+            "sum of weights": Labels(self.target, self.weight, self.sample_weight),
+            "out of range": Labels(bad, None, None),
+        }
         return {
-            "count": np.array(check(self.target, None, None, *common)),
-            "sum of weights": np.array(
-                check(self.target, self.weight, self.sample_weight, *common)
-            ),
-            "out of range": np.array(check(bad, None, None, *common)[0], np.float64),
+            name: np.array(
+                kernels.check_target(labels, Options(_IGNORED), self.shape[1], self.threads),
+                np.float64,
+            )
+            for name, labels in problems.items()
         }
 
     def _map(self, function: Any, *inputs: np.ndarray) -> Arrays:
@@ -181,21 +185,23 @@ class Problem:
         function(*inputs[:-1], same, same, self.threads)
         return {"result": out, "result in place": same}
 
-    def _loss(self, kernels: ModuleType, operation: str) -> Arrays:
-        name, options = operation.split()[0], _OPTIONS[operation]
-        arguments: list[Any] = [self.soft_target if name.endswith("soft") else self.target]
-        arguments += [self.weight, self.sample_weight] if "weighted" in options else [None, None]
-        arguments += [] if name.endswith("soft") else [_IGNORED]
-        if name != "nll_loss":
-            arguments += [options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)]
+    def _loss(self, kernels: Kernels, operation: str) -> Arrays:
+        name, options = operation.split()[0], dict(_OPTIONS[operation])
+        weighted = options.pop("weighted", False)
+        labels = Labels(
+            self.soft_target if "soft" in operation else self.target,
+            self.weight if weighted else None,
+            self.sample_weight if weighted else None,
+        )
+        common = labels, Options(_IGNORED, **options)
         scores = self.log_probs if name == "nll_loss" else self.logits
 
         losses, alone = np.empty((2, *self.rows), self.real)
         grad, same = np.empty(self.shape, self.dtype), scores.copy()
-        kernel = getattr(kernels, name)
-        total = kernel(scores, *arguments, _SCALE, losses, grad, self.threads)
-        kernel(same, *arguments, _SCALE, None, same, self.threads)
-        kernel(scores, *arguments, 1.0, alone, None, self.threads)
+        kernel: Loss = getattr(kernels, name)
+        total = kernel(scores, *common, _SCALE, losses, grad, self.threads)
+        kernel(same, *common, _SCALE, None, same, self.threads)
+        kernel(scores, *common, 1.0, alone, None, self.threads)
         return {
             "losses": losses, "losses without gradient": alone, "sum": np.array([total]),
             "gradient": grad, "gradient in place": same,

@@ -38,6 +38,8 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
+from fastloss._contract import TargetCheck
+
 cnp.import_array()
 
 
@@ -2248,8 +2250,16 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
     cdef int threads = <int>min(<Py_ssize_t>num_threads, units)
     cdef cnp.ndarray memory, partial
     cdef char* scratch
+    cdef char* grad
+    cdef double total
     if units == 0:
         return 0.0
+    if operation >= CROSS_ENTROPY and job.scale == 0.0 and job.out != NULL:
+        # No row counts, not even one that holds a NaN.
+        grad, job.out = job.out, NULL
+        total = run(job, operation, num_threads)
+        clear(grad, job.rows * job.num_classes * itemsize(job.storage), num_threads)
+        return total
     # All memory is taken before anything is written: where there is none, MemoryError says so.
     memory = np.empty(threads * scratch_bytes + LINE, np.uint8)
     partial = np.empty((job.rows + job.summed - 1) // job.summed)
@@ -2295,15 +2305,22 @@ cdef Job job_of(cnp.ndarray array, cnp.ndarray out) except *:
     return job
 
 
-cdef void add_target(Job* job, cnp.ndarray target, int64_t ignore_index) except *:
+cdef void add_target(Job* job, cnp.ndarray target) except *:
     cdef Py_ssize_t size = target.itemsize
     cdef int kind = 0 if size == 1 else 1 if size == 2 else 2 if size == 4 else 3
     job.target = cnp.PyArray_BYTES(target)
     job.target_kind = kind if cnp.PyArray_ISSIGNED(target) else kind + 4
-    job.ignore_index = ignore_index
 
 
-cdef void add_weights(Job* job, cnp.ndarray weight, cnp.ndarray sample_weight) except *:
+cdef void add_labels(Job* job, labels, options) except *:
+    cdef cnp.ndarray target, weight, sample_weight
+    target, weight, sample_weight = labels
+    job.ignore_index, job.smoothing, job.z_loss = options
+    if cnp.PyArray_ISINTEGER(target):
+        add_target(job, target)
+    else:
+        job.other = cnp.PyArray_BYTES(target)
+        job.other_storage = storage_of(target)
     job.weight_sum = job.num_classes
     if weight is not None:
         job.weight = <const double*>cnp.PyArray_DATA(weight)
@@ -2362,42 +2379,23 @@ def log_softmax_backward(
 
 
 def cross_entropy(
-    cnp.ndarray logits not None, cnp.ndarray target not None, cnp.ndarray weight,
-    cnp.ndarray sample_weight, int64_t ignore_index, double label_smoothing, double z_loss,
-    double scale, cnp.ndarray losses, cnp.ndarray grad, int num_threads,
-):
-    cdef Job job = job_of(logits, grad)
-    add_target(&job, target, ignore_index)
-    add_weights(&job, weight, sample_weight)
-    alive = add_relative_weight(&job, weight)
-    job.smoothing, job.z_loss, job.scale = label_smoothing, z_loss, scale
-    job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
-    return run(&job, CROSS_ENTROPY, num_threads)
-
-
-def cross_entropy_soft(
-    cnp.ndarray logits not None, cnp.ndarray target not None, cnp.ndarray weight,
-    cnp.ndarray sample_weight, double label_smoothing, double z_loss, double scale,
+    cnp.ndarray logits not None, labels not None, options not None, double scale,
     cnp.ndarray losses, cnp.ndarray grad, int num_threads,
 ):
     cdef Job job = job_of(logits, grad)
-    job.other = cnp.PyArray_BYTES(target)
-    job.other_storage = storage_of(target)
-    add_weights(&job, weight, sample_weight)
-    alive = add_relative_weight(&job, weight)
-    job.smoothing, job.z_loss, job.scale = label_smoothing, z_loss, scale
+    add_labels(&job, labels, options)
+    alive = add_relative_weight(&job, labels[1])
+    job.scale = scale
     job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
-    return run(&job, CROSS_ENTROPY_SOFT, num_threads)
+    return run(&job, CROSS_ENTROPY if job.other == NULL else CROSS_ENTROPY_SOFT, num_threads)
 
 
 def nll_loss(
-    cnp.ndarray log_probs not None, cnp.ndarray target not None, cnp.ndarray weight,
-    cnp.ndarray sample_weight, int64_t ignore_index, double scale, cnp.ndarray losses,
-    cnp.ndarray grad, int num_threads,
+    cnp.ndarray log_probs not None, labels not None, options not None, double scale,
+    cnp.ndarray losses, cnp.ndarray grad, int num_threads,
 ):
     cdef Job job = job_of(log_probs, grad)
-    add_target(&job, target, ignore_index)
-    add_weights(&job, weight, sample_weight)
+    add_labels(&job, labels, options)
     job.scale = scale
     job.losses = NULL if losses is None else cnp.PyArray_BYTES(losses)
     return run(&job, NLL, num_threads)
@@ -2415,22 +2413,19 @@ cdef void clear(char* data, Py_ssize_t size, int threads) noexcept:
 
 
 def check_target(
-    cnp.ndarray target not None, cnp.ndarray weight, cnp.ndarray sample_weight,
-    Py_ssize_t num_classes, int64_t ignore_index, int num_threads,
+    labels not None, options not None, Py_ssize_t num_classes, int num_threads
 ):
-    """Flat index of the first target out of range, or -1; and the divisor of the mean."""
     cdef Job job
     cdef Py_ssize_t block, blocks, bad = -1
     cdef cnp.ndarray partial
     cdef double* sums
     memset(&job, 0, sizeof(job))
-    job.rows, job.num_classes = cnp.PyArray_SIZE(target), num_classes
-    add_target(&job, target, ignore_index)
-    add_weights(&job, weight, sample_weight)
+    job.rows, job.num_classes = labels[0].size, num_classes
+    add_labels(&job, labels, options)
     blocks = (job.rows + CHECK_BLOCK - 1) // CHECK_BLOCK
     if blocks == 1:
         bad = check_block(&job, 0, &job.scale)
-        return bad, job.scale
+        return TargetCheck(bad, job.scale)
     partial = np.empty(blocks)
     sums = <double*>cnp.PyArray_DATA(partial)
     if num_threads == 1:
@@ -2442,8 +2437,8 @@ def check_target(
             check_block(&job, block, &sums[block])
     for block in range(blocks):
         if sums[block] < 0.0:
-            return check_block(&job, block, &sums[block]), 0.0
-    return -1, float(partial.sum())
+            return TargetCheck(check_block(&job, block, &sums[block]), 0.0)
+    return TargetCheck(-1, float(partial.sum()))
 
 
 cdef Py_ssize_t check_block(const Job* job, Py_ssize_t block, double* total) noexcept nogil:

@@ -1,35 +1,13 @@
 """The NumPy backend: the specification that the compiled kernels are held against.
 
-Every function takes the same arguments as its namesakes in ``_numba`` and ``_cython`` and says,
-as plainly as NumPy allows, what they must compute.  All arithmetic is float64; results are rounded
-once on the way out.  Temporaries as large as the logits are fine here and nowhere else.
-
-The kernel contract, common to the three backends
--------------------------------------------------
-``_arguments`` hands over bare arrays, already checked:
-
-logits, log_probs, probs, grad_output, out, grad
-    ``(outer, C, inner)``, C-contiguous, aligned, native; float32, float64, float16 or bfloat16.
-    ``out`` and ``grad`` have the dtype of the input and either are the input or do not overlap it.
-target
-    ``(outer, inner)``, C-contiguous, any integer dtype; or probabilities shaped like the logits.
-weight, sample_weight
-    float64, ``(C,)`` and ``(outer, inner)``, or None.
-losses
-    ``(outer, inner)``, the compute dtype (float64 for float64 logits, otherwise float32), or None.
-scale
-    The factor on the gradient: 1 / normalizer, or 1, or 0 where the normalizer is 0 (every gradient
-    is then +0).  Losses are never scaled.
-num_threads
-    At least 1.
-
-After a MemoryError of this backend the arrays to write are undefined; the compiled ones take all
-their memory before they write.
-
-A loss kernel returns the float64 sum of its row losses, each first rounded to the compute dtype.
+Every function takes what ``_contract`` says and computes, as plainly as NumPy allows, what its
+namesakes in ``_numba`` and ``_cython`` must compute.  All arithmetic is float64; results are
+rounded once on the way out.  Temporaries as large as the logits are fine here and nowhere else.
 """
 
 import numpy as np
+
+from fastloss._contract import TargetCheck
 
 COMPUTE_DTYPE = {"float64": np.dtype(np.float64)}  # every other dtype computes in float32
 FLOAT32 = np.dtype(np.float32)
@@ -71,22 +49,26 @@ def _unit(total):
     return np.where(np.abs(total) < 2.0**970, 1.0, 2.0**-64)
 
 
-def check_target(target, weight, sample_weight, num_classes, ignore_index, num_threads):
-    """Flat index of the first target out of range, or -1; and the divisor of the mean."""
-    used = target != ignore_index
+def check_target(labels, options, num_classes, num_threads):
+    target, weight, sample_weight = labels
+    used = target != options.ignore_index
     bad = used & ((target < 0) | (target >= num_classes))
     if bad.any():
-        return int(np.flatnonzero(bad)[0]), 0.0
+        return TargetCheck(int(np.flatnonzero(bad)[0]), 0.0)
     row_weight = np.ones(target.shape) if sample_weight is None else sample_weight
     if weight is not None:
         row_weight = row_weight * weight[np.where(used, target, 0).astype(np.intp)]
-    return -1, float(row_weight[used].sum())
+    return TargetCheck(-1, float(row_weight[used].sum()))
 
 
-def cross_entropy(
-    logits, target, weight, sample_weight, ignore_index, label_smoothing, z_loss, scale,
-    losses, grad, num_threads,
-):  # fmt: skip
+def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
+    loss = _cross_entropy_soft if labels.soft else _cross_entropy
+    return loss(logits, labels, options, scale, losses, grad)
+
+
+def _cross_entropy(logits, labels, options, scale, losses, grad):
+    target, weight, sample_weight = labels
+    ignore_index, label_smoothing, z_loss = options
     num_classes = logits.shape[1]
     used = target != ignore_index
     y = np.where(used, target, 0).astype(np.intp)[:, None, :]
@@ -125,9 +107,9 @@ def cross_entropy(
     return _deliver(loss, row_weight, losses, logits)
 
 
-def cross_entropy_soft(
-    logits, target, weight, sample_weight, label_smoothing, z_loss, scale, losses, grad, num_threads
-):
+def _cross_entropy_soft(logits, labels, options, scale, losses, grad):
+    target, weight, sample_weight = labels
+    _, label_smoothing, z_loss = options
     num_classes = logits.shape[1]
     row_weight = _row_weight(np.ones((logits.shape[0], logits.shape[2]), bool), sample_weight)
     w = np.ones(num_classes) if weight is None else weight
@@ -152,15 +134,9 @@ def cross_entropy_soft(
     return _deliver(loss, row_weight, losses, logits)
 
 
-def most_threads():
-    """How many threads a call may have, however many it asks for."""
-    return 1
-
-
-def nll_loss(
-    log_probs, target, weight, sample_weight, ignore_index, scale, losses, grad, num_threads
-):
-    used = target != ignore_index
+def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
+    target, weight, sample_weight = labels
+    used = target != options.ignore_index
     y = np.where(used, target, 0).astype(np.intp)[:, None, :]
     row_weight = _row_weight(used, sample_weight)
     if weight is not None:
@@ -169,9 +145,21 @@ def nll_loss(
         loss = -_float64(np.take_along_axis(log_probs, y, 1))
     if grad is not None:
         grad[...] = 0
-        g_y = np.where(row_weight == 0, 0.0, -scale * row_weight)
+        g_y = 0.0 - scale * row_weight  # never -0
         np.put_along_axis(grad, y, g_y.astype(FLOAT32 if grad.itemsize == 2 else grad.dtype), 1)
     return _deliver(loss, row_weight, losses, log_probs)
+
+
+def most_threads():
+    return 1
+
+
+def warmup():
+    """Nothing to compile."""
+
+
+def describe():
+    return {}
 
 
 def _shifted(logits):

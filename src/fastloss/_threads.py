@@ -5,7 +5,8 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Iterator
-from types import ModuleType
+
+from fastloss._contract import Kernels
 
 # Below this many array elements a call costs less than waking up a second thread.
 _PARALLEL_ELEMENTS = 1 << 15
@@ -83,7 +84,7 @@ def get_num_threads() -> int:
 def threads_for(
     num_threads: int | None,
     elements: int = _PARALLEL_ELEMENTS,
-    kernels: ModuleType | None = None,
+    kernels: Kernels | None = None,
 ) -> int:
     """How many threads a call of a backend on so many array elements, or on many, runs on."""
     if num_threads is not None:

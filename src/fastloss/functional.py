@@ -1,15 +1,13 @@
 """The public functions: check, allocate, call the kernel, reduce."""
 
 import math
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fastloss import _arguments, _backend, _threads
-
-_LARGEST_INT64 = (1 << 63) - 1
+from fastloss._contract import Backward, Loss, Map, Options
 
 
 def softmax(
@@ -109,7 +107,8 @@ def _map(
     x = _arguments.logits(logits, axis)
     threads = _threads.threads_for(num_threads, x.array.size, kernels)
     result = _arguments.output(out, x, x.array.dtype, (), in_place=(x.normal,))
-    getattr(kernels, name)(x.normal, result.normal, threads)
+    kernel: Map = getattr(kernels, name)
+    kernel(x.normal, result.normal, threads)
     return result.deliver()
 
 
@@ -254,7 +253,8 @@ def _map_backward(
     g = _arguments.like_logits(grad_output, p, "grad_output", forward_name)
     threads = _threads.threads_for(num_threads, p.array.size, kernels)
     result = _arguments.output(out, p, p.array.dtype, (), in_place=(g, p.normal))
-    getattr(kernels, name)(g, p.normal, result.normal, threads)
+    kernel: Backward = getattr(kernels, name)
+    kernel(g, p.normal, result.normal, threads)
     return result.deliver()
 
 
@@ -303,7 +303,7 @@ def nll_loss(
     0.349
     """
     loss, _ = _loss(
-        "nll_loss", log_probs, "log_probs", target, weight, sample_weight, ignore_index, (),
+        "nll_loss", log_probs, target, weight, sample_weight, _arguments.options(ignore_index),
         reduction, normalizer, axis, backend, num_threads, with_grad=False,
     )  # fmt: skip
     return loss
@@ -356,7 +356,7 @@ num_threads
     array([[-1.,  0.,  0.]])
     """
     return _loss(
-        "nll_loss", log_probs, "log_probs", target, weight, sample_weight, ignore_index, (),
+        "nll_loss", log_probs, target, weight, sample_weight, _arguments.options(ignore_index),
         reduction, normalizer, axis, backend, num_threads, with_grad=True, out=out,
     )  # fmt: skip
 
@@ -453,10 +453,10 @@ def cross_entropy(
     >>> round(fl.cross_entropy([[5, 4, 2]], [0]), 3)
     0.349
     """
-    options = (_arguments.label_smoothing(label_smoothing), _arguments.z_loss(z_loss))
+    options = _arguments.options(ignore_index, label_smoothing, z_loss)
     loss, _ = _loss(
-        "cross_entropy", logits, "logits", target, weight, sample_weight, ignore_index, options,
-        reduction, normalizer, axis, backend, num_threads, with_grad=False,
+        "cross_entropy", logits, target, weight, sample_weight, options, reduction, normalizer,
+        axis, backend, num_threads, with_grad=False,
     )  # fmt: skip
     return loss
 
@@ -521,22 +521,20 @@ normalizer, axis, backend, num_threads
     >>> round(loss, 3), grad.round(2)
     (0.349, array([[-0.29,  0.26,  0.04]]))
     """
-    options = (_arguments.label_smoothing(label_smoothing), _arguments.z_loss(z_loss))
+    options = _arguments.options(ignore_index, label_smoothing, z_loss)
     return _loss(
-        "cross_entropy", logits, "logits", target, weight, sample_weight, ignore_index, options,
-        reduction, normalizer, axis, backend, num_threads, with_grad=True, out=out,
+        "cross_entropy", logits, target, weight, sample_weight, options, reduction, normalizer,
+        axis, backend, num_threads, with_grad=True, out=out,
     )  # fmt: skip
 
 
 def _loss(
-    kernel: str,
-    scores: ArrayLike,
     name: str,
+    scores: ArrayLike,
     target: ArrayLike,
     weight: ArrayLike | None,
     sample_weight: ArrayLike | None,
-    ignore_index: int,
-    options: tuple[float, ...],
+    options: Options,
     reduction: str,
     normalizer: float | None,
     axis: int,
@@ -548,66 +546,27 @@ def _loss(
 ) -> tuple[float | np.ndarray, Any]:
     """What the losses share: check, find the divisor, allocate, call the kernel, reduce."""
     kernels = _backend.resolve(backend)
-    x = _arguments.logits(scores, axis, name)
+    kernel: Loss = getattr(kernels, name)
+    takes_logits = name != "nll_loss"
+    x = _arguments.logits(scores, axis, "logits" if takes_logits else "log_probs")
     threads = _threads.threads_for(num_threads, x.array.size, kernels)
-    divisor = _arguments.reduction(reduction, normalizer)
-    ignored = _arguments.ignore_index(ignore_index)
-    arguments, total_weight, soft = check_labels(
-        kernels, x, target, weight, sample_weight, ignored, options, kernel == "cross_entropy",
-        threads,
-    )  # fmt: skip
-    if soft:
-        kernel += "_soft"
-
-    if divisor is None:
-        divisor = total_weight if reduction == "mean" else 1.0
-    scale = 1.0 / divisor if divisor else 0.0
+    reduced = _arguments.reduction(reduction, normalizer)
+    labels, total_weight = _arguments.labels(
+        kernels, x, target, weight, sample_weight, options, threads, probabilities=takes_logits
+    )
+    divisor = reduced.divisor(total_weight)
     grad = losses = None
     if with_grad:
-        grad = _arguments.output(out, x, x.array.dtype, arguments[:3], in_place=(x.normal,))
+        grad = _arguments.output(out, x, x.array.dtype, labels, in_place=(x.normal,))
     if reduction == "none":
         losses = _arguments.output(None, x.rows, x.compute_dtype, ())
-    total = getattr(kernels, kernel)(
-        x.normal, *arguments, scale, losses and losses.normal, grad and grad.normal, threads
-    )
-    if grad is not None and scale == 0.0:  # no row counts, not even one that holds a NaN
-        grad.normal.fill(0)
+    total = kernel(
+        x.normal, labels, options, 1.0 / divisor if divisor else 0.0, losses and losses.normal,
+        grad and grad.normal, threads,
+    )  # fmt: skip
     loss: float | np.ndarray
     if losses is not None:
         loss = losses.deliver()
     else:
         loss = total / divisor if divisor else math.nan
     return loss, grad and grad.deliver()
-
-
-def check_labels(
-    kernels: ModuleType,
-    x: _arguments.Logits,
-    target: ArrayLike,
-    weight: ArrayLike | None,
-    sample_weight: ArrayLike | None,
-    ignored: int,
-    options: tuple[float, ...],
-    probabilities: bool,
-    threads: int,
-) -> tuple[tuple[Any, ...], float, bool]:
-    """What a kernel takes between scores and scale: target, weights, options.
-
-    And the divisor of the mean, and whether the target holds probabilities.
-    """
-    rows = x.rows
-    w = _arguments.class_weight(weight, x)
-    s = _arguments.sample_weight(sample_weight, rows)
-    t = _arguments.target(target, x, rows, probabilities)
-    if t.dtype.kind not in "iu":
-        _arguments.refuse_ignore_index(ignored)
-        total_weight = float(t.size // t.shape[1] if s is None else s.sum())
-        return (t, w, s, *options), total_weight, True
-    num_classes = x.normal.shape[1]
-    indices = t
-    if ignored == _LARGEST_INT64 and t.dtype == np.uint64:
-        t = t.view(np.int64)  # kernels read all that an int64 does not hold as its largest
-    bad, total_weight = kernels.check_target(t, w, s, num_classes, ignored, threads)
-    if bad >= 0:
-        _arguments.raise_target_out_of_range(indices, rows, num_classes, bad)
-    return (t, w, s, ignored, *options), total_weight, False

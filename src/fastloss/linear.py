@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastloss import _arguments, _backend, _blas, _threads
-from fastloss.functional import check_labels
+from fastloss._contract import Labels, Loss, Options
 
 _BLOCK_BYTES = 4 << 20  # of scores: what caches hold,
 _BLOCK_PRODUCTS = 1 << 23  # of numbers: what is worth a thread,
@@ -153,8 +153,9 @@ def linear_cross_entropy(
     0.349
     """
     plan = _plan(
-        inputs, linear_weight, linear_bias, target, l2, weight, sample_weight, ignore_index,
-        (label_smoothing, z_loss), reduction, normalizer, chunk_rows, backend, num_threads,
+        inputs, linear_weight, linear_bias, target, l2, weight, sample_weight,
+        _arguments.options(ignore_index, label_smoothing, z_loss), reduction, normalizer,
+        chunk_rows, backend, num_threads,
     )  # fmt: skip
     return _run(plan, None)
 
@@ -226,13 +227,13 @@ label_smoothing, z_loss, reduction, normalizer, chunk_rows, backend, num_threads
            [ 0.04,  0.07]])
     """
     plan = _plan(
-        inputs, linear_weight, linear_bias, target, l2, weight, sample_weight, ignore_index,
-        (label_smoothing, z_loss), reduction, normalizer, chunk_rows, backend, num_threads,
+        inputs, linear_weight, linear_bias, target, l2, weight, sample_weight,
+        _arguments.options(ignore_index, label_smoothing, z_loss), reduction, normalizer,
+        chunk_rows, backend, num_threads,
     )  # fmt: skip
     inputs_grad = _arguments.flag(inputs_grad, "inputs_grad")
     accumulate = _arguments.flag(accumulate, "accumulate")
-    read = (plan.target, plan.class_weight, plan.sample_weight)
-    outputs = _arguments.linear_outputs(out, plan.layer, inputs_grad, accumulate, read)
+    outputs = _arguments.linear_outputs(out, plan.layer, inputs_grad, accumulate, plan.labels)
     loss = _run(plan, LinearGradients(*(o and o.normal for o in outputs)), accumulate)
     return loss, LinearGradients(*(o and o.deliver() for o in outputs))
 
@@ -285,11 +286,9 @@ class _Plan(NamedTuple):
     """A checked call: what it reads, and the way it goes about it."""
 
     layer: _arguments.Linear
-    kernel: Callable[..., float]
-    target: np.ndarray
-    class_weight: np.ndarray | None
-    sample_weight: np.ndarray | None
-    options: tuple[Any, ...]
+    kernel: Loss
+    labels: Labels
+    options: Options
     l2: float
     reduction: str
     divisor: float
@@ -316,8 +315,7 @@ def _plan(
     l2: float,
     weight: ArrayLike | None,
     sample_weight: ArrayLike | None,
-    ignore_index: int,
-    options: tuple[float, float],
+    options: Options,
     reduction: str,
     normalizer: float | None,
     chunk_rows: int | None,
@@ -327,49 +325,41 @@ def _plan(
     """Check everything, find the rows that count, and cut them up."""
     kernels = _backend.resolve(backend)
     layer = _arguments.linear(inputs, linear_weight, linear_bias)
-    scores = layer.scores
-    divisor = _arguments.reduction(reduction, normalizer)
+    reduced = _arguments.reduction(reduction, normalizer)
     penalty = _arguments.l2(l2, reduction)
     asked = _arguments.chunk_rows(chunk_rows)
-    options = (_arguments.label_smoothing(options[0]), _arguments.z_loss(options[1]))
-    ignored = _arguments.ignore_index(ignore_index)
     threads = _threads.threads_for(num_threads)
     if not _blas.can_be_held():
         threads = 1
-    (t, w, s, *rest), total_weight, soft = check_labels(
-        kernels, scores, target, weight, sample_weight, ignored, options, True, 1
+    labels, total_weight = _arguments.labels(
+        kernels, layer.scores, target, weight, sample_weight, options, 1
     )
-    if divisor is None:
-        divisor = total_weight if reduction == "mean" else 1.0
+    divisor = reduced.divisor(total_weight)
     if divisor:
-        kept = _kept(t, w, s, None if soft else rest[0], options)
+        kept = _kept(labels, options)
     else:
         kept = np.empty(0, np.intp)  # no row counts, not even one that holds a NaN
-    count = len(t) if kept is None else len(kept)
+    count = len(labels.target) if kept is None else len(kept)
     block, chunk = _sizes(count, layer, asked)
-    kernel = kernels.cross_entropy_soft if soft else kernels.cross_entropy
     return _Plan(
-        layer, kernel, t, w, s, tuple(rest), penalty, reduction, divisor, kept, count, block,
-        chunk, min(threads, -(-count // chunk)),
+        layer, kernels.cross_entropy, labels, options, penalty, reduction, divisor, kept, count,
+        block, chunk, min(threads, -(-count // chunk)),
     )  # fmt: skip
 
 
-def _kept(
-    target: np.ndarray,
-    class_weight: np.ndarray | None,
-    sample_weight: np.ndarray | None,
-    ignored: int | None,
-    options: tuple[float, float],
-) -> np.ndarray | None:
+def _kept(labels: Labels, options: Options) -> np.ndarray | None:
     """The rows that count for something; None for all of them."""
+    target, class_weight, sample_weight = labels
     counts = np.ones(len(target), bool)
     if sample_weight is not None:
         counts &= sample_weight[:, 0] != 0
-    if ignored is not None:
-        used = target[:, 0] != ignored
+    if not labels.soft:
+        used = target[:, 0] != options.ignore_index
         counts &= used
-        smoothing, z_loss = options  # by which a row counts whatever its target's weight
-        if class_weight is not None and smoothing * class_weight.sum() == z_loss == 0:
+        # By either of these a row counts whatever its target's weight.
+        if class_weight is not None and (
+            options.label_smoothing * class_weight.sum() == options.z_loss == 0
+        ):
             classes = np.where(used, target[:, 0], 0).astype(np.intp)
             # Another thread may have changed the target since it was checked.
             counts &= class_weight.take(classes, mode="clip") != 0
@@ -562,11 +552,9 @@ def _score(
 ) -> None:
     """The losses of scores, and their gradient in the place of these."""
     x = scores[:, :, None]
-    s = None if plan.sample_weight is None else plan.rows(plan.sample_weight, rows)
-    plan.kernel(
-        x, plan.rows(plan.target, rows), plan.class_weight, s, *plan.options, plan.scale,
-        losses[rows], x if with_grad else None, 1,
-    )  # fmt: skip
+    target, weight, s = plan.labels
+    labels = Labels(plan.rows(target, rows), weight, None if s is None else plan.rows(s, rows))
+    plan.kernel(x, labels, plan.options, plan.scale, losses[rows], x if with_grad else None, 1)
 
 
 def _clear(plan: _Plan, gradients: LinearGradients) -> None:
@@ -621,7 +609,7 @@ def _parts(num_classes: int, num_features: int) -> Iterator[slice]:
 
 def _reduce(plan: _Plan, losses: np.ndarray) -> float | np.ndarray:
     if plan.reduction == "none":
-        result = np.zeros(len(plan.target), losses.dtype)
+        result = np.zeros(len(plan.labels.target), losses.dtype)
         result[... if plan.kept is None else plan.kept] = losses[:, 0]
         return result.reshape(plan.layer.inputs_shape[:-1])
     if not plan.divisor:

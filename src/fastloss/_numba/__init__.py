@@ -1,6 +1,6 @@
 """The Numba backend, a file a thought, with the names of the Cython kernels' files.
 
-The contract is in ``_reference``; ``entries`` begins what it asks for.  What to know before
+The contract is in ``_contract``; ``entries`` begins what it asks for.  What to know before
 reading on:
 
 Two layouts.  A *row* is a long run of classes next to each other: classes lie in the SIMD lanes.
@@ -31,7 +31,6 @@ here.
 from fastloss._numba.entries import (
     check_target,
     cross_entropy,
-    cross_entropy_soft,
     describe,
     log_softmax,
     log_softmax_backward,
@@ -46,7 +45,6 @@ from fastloss._numba.entries import (
 __all__ = [
     "check_target",
     "cross_entropy",
-    "cross_entropy_soft",
     "describe",
     "log_softmax",
     "log_softmax_backward",

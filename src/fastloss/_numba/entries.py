@@ -9,6 +9,7 @@ import numpy as np
 from numba import prange, types
 
 from fastloss import _threads
+from fastloss._contract import Labels, Options, TargetCheck
 from fastloss._numba.backward import backward_rows, backward_tile
 from fastloss._numba.columns import load_columns, rows_of, rows_to, store_columns, turned_numbers
 from fastloss._numba.jit import entry, inline, typed
@@ -71,7 +72,6 @@ from fastloss._numba.types import (
     TURN,
     TURNED,
     WIDE,
-    Options,
     Plan,
 )
 
@@ -210,8 +210,8 @@ def backward_share(g, p, out, plan, scratch, fields, turned, turned_g, units, th
 
 @entry
 def cross_entropy_share(
-    x, target, soft, weight, relative_weight, sample_weight, plan, options, scale, weight_sum,
-    largest_weight, losses, out, scratch, fields, turned, turned_soft, partial, units, thread,
+    x, soft, target, weight, sample_weight, relative_weight, largest_weight, weight_sum, plan,
+    options, scale, losses, out, scratch, fields, turned, turned_soft, partial, units, thread,
     threads,
 ):  # fmt: skip
     """Of indices, or of soft targets: the other is None, which is known before types are."""
@@ -366,87 +366,61 @@ def _backward(operation, grad_output, forward, out, num_threads):
     _run(backward_share, arguments, units, threads)
 
 
-def check_target(target, weight, sample_weight, num_classes, ignore_index, num_threads):
-    """Flat index of the first target out of range, or -1; and the divisor of the mean."""
-    size = target.size
+def check_target(labels, options, num_classes, num_threads):
+    target, size = labels.target, labels.target.size
     units = -(-size // CHECK_BLOCK)
     sums = np.empty(units)
-    arguments = (
-        _integers(target), _or_absent(weight), _or_absent(sample_weight), size, num_classes,
-        ignore_index, sums,
-    )  # fmt: skip
+    arguments = (*_labels(labels), size, num_classes, options.ignore_index, sums)
     _run(check_share, arguments, units, min(num_threads, units))
     if units == 1 and sums[0] >= 0:
-        return -1, sums.item()
+        return TargetCheck(-1, sums.item())
     if units and sums.min() < 0:
         start = int(sums.argmin()) * CHECK_BLOCK
         block = target.reshape(-1)[start : start + CHECK_BLOCK]
-        bad = (block != ignore_index) & ((block < 0) | (block >= num_classes))
-        return start + int(bad.argmax()), 0.0
-    return -1, float(sums.sum())
+        bad = (block != options.ignore_index) & ((block < 0) | (block >= num_classes))
+        return TargetCheck(start + int(bad.argmax()), 0.0)
+    return TargetCheck(-1, float(sums.sum()))
 
 
-def cross_entropy(
-    logits, target, weight, sample_weight, ignore_index, label_smoothing, z_loss, scale,
-    losses, grad, num_threads,
-):  # fmt: skip
-    options = Options(ignore_index, label_smoothing, z_loss)
-    return _cross_entropy(
-        CROSS_ENTROPY, logits, target, weight, sample_weight, options, scale, losses, grad,
-        num_threads,
-    )  # fmt: skip
-
-
-def cross_entropy_soft(
-    logits, target, weight, sample_weight, label_smoothing, z_loss, scale, losses, grad, num_threads
-):
-    options = Options(0, label_smoothing, z_loss)
-    return _cross_entropy(
-        CROSS_ENTROPY_SOFT, logits, target, weight, sample_weight, options, scale, losses, grad,
-        num_threads,
-    )  # fmt: skip
-
-
-def _cross_entropy(
-    operation, logits, target, weight, sample_weight, options, scale, losses, grad, num_threads
-):
-    x = _flat(logits)
-    if operation == CROSS_ENTROPY_SOFT:
-        plan, units, threads = plan_of(operation, logits, grad, num_threads, target)
-        indices, soft = None, _flat(target)
-        turned_soft = _turned(soft, plan, threads)
+def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
+    if scale == 0.0 and grad is not None:  # no row counts, not even one that holds a NaN
+        total = cross_entropy(logits, labels, options, scale, losses, None, num_threads)
+        grad.fill(0)
+        return total
+    x, weight = _flat(logits), labels.weight
+    if labels.soft:
+        plan, units, threads = plan_of(CROSS_ENTROPY_SOFT, logits, grad, num_threads, labels.target)
+        soft = _flat(labels.target)
+        turned = _turned(x, plan, threads), _turned(soft, plan, threads)
+        labels = None, _or_absent(weight), _or_absent(labels.sample_weight)
     else:
-        plan, units, threads = plan_of(operation, logits, grad, num_threads)
-        indices, soft, turned_soft = _integers(target), None, None
+        plan, units, threads = plan_of(CROSS_ENTROPY, logits, grad, num_threads)
+        soft, turned, labels = None, (_turned(x, plan, threads), None), _labels(labels)
     weight_sum = float(plan.num_classes if weight is None else weight.sum())
-    relative, largest_weight = _relative(weight, logits)
     partial = np.empty(-(-plan.rows // plan.summed))
     arguments = (
-        x, indices, soft, _or_absent(weight), relative, _or_absent(sample_weight), plan, options,
-        scale, weight_sum, largest_weight, *_outputs(logits, losses, grad),
-        *_scratch(logits, plan, threads), _turned(x, plan, threads), turned_soft, partial,
+        x, soft, *labels, *_relative(weight, logits), weight_sum, plan, options, scale,
+        *_outputs(logits, losses, grad), *_scratch(logits, plan, threads), *turned, partial,
     )  # fmt: skip
     _run(cross_entropy_share, arguments, units, threads)
     return _total(partial)
 
 
-def nll_loss(
-    log_probs, target, weight, sample_weight, ignore_index, scale, losses, grad, num_threads
-):
-    options = Options(ignore_index, 0.0, 0.0)
+def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
     plan, _, _ = plan_of(NLL, log_probs, None, num_threads)
     units = -(-plan.rows // LANES)
     threads = min(num_threads, units)
     partial = np.empty(units)
     scratch = np.empty((max(threads, 1), 1), _compute_dtype(log_probs))
     fields = np.empty((max(threads, 1), FIELDS))
-    rows = (_integers(target), _or_absent(weight), _or_absent(sample_weight), plan, options)
-    handed_out, out = _outputs(log_probs, losses, grad)
-    arguments = (_flat(log_probs), *rows, handed_out, scratch, fields, partial)
+    labels = _labels(labels)
+    losses, out = _outputs(log_probs, losses, grad)
+    arguments = (_flat(log_probs), *labels, plan, options, losses, scratch, fields, partial)
     _run(nll_share, arguments, units, threads)
     if grad is not None:  # which may be log_probs: not before these were read
         out.fill(0)
-        _run(nll_backward_share, (*rows, scale, out, scratch, fields), units, threads)
+        arguments = (*labels, plan, options, scale, out, scratch, fields)
+        _run(nll_backward_share, arguments, units, threads)
     return _total(partial)
 
 
@@ -480,9 +454,10 @@ def _flat_out(array):
     return _bits(array.reshape(-1))
 
 
-def _integers(target):
-    """Targets as their bytes, and how to read those."""
-    return _read_only(target).view(np.uint8), INTEGERS.index(target.dtype.name)
+def _labels(labels):
+    """Targets as their bytes and how to read those, and the weights."""
+    target = _read_only(labels.target).view(np.uint8), INTEGERS.index(labels.target.dtype.name)
+    return target, _or_absent(labels.weight), _or_absent(labels.sample_weight)
 
 
 def storage_of(array):
@@ -640,26 +615,15 @@ def most_threads():
 
 def warmup():
     """Compile the common operations for float32 and float64, for one thread and for many."""
-    target = np.zeros((2 * LANES, 1), np.int64)
+    labels = Labels(np.zeros((2 * LANES, 1), np.int64), None, None)
+    options = Options(-100)
     for dtype in (np.float32, np.float64):
         logits = np.zeros((2 * LANES, 2, 1), dtype)
         for threads in (1, 2):
             softmax(logits, np.empty_like(logits), threads)
             log_softmax(logits, np.empty_like(logits), threads)
-            check_target(target, None, None, 2, -100, threads)
-            cross_entropy(
-                logits,
-                target,
-                None,
-                None,
-                -100,
-                0.0,
-                0.0,
-                1.0,
-                None,
-                np.empty_like(logits),
-                threads,
-            )
+            check_target(labels, options, 2, threads)
+            cross_entropy(logits, labels, options, 1.0, None, np.empty_like(logits), threads)
 
 
 def describe():

@@ -43,13 +43,14 @@ def entry(function=None, *, parallel=False):
     return dispatcher
 
 
-def _stamp_of_package():
-    """What changes with an edit in any file of the package, each of which an entry may call."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+def _stamp():
+    """What changes with an edit in any file that entries may be compiled from."""
+    package = Path(__file__).parent
+    files = [*sorted(package.glob("*.py")), *package.parent.glob("_contract.py")]
     return tuple((file.name, file.stat().st_mtime, file.stat().st_size) for file in files)
 
 
-_STAMP = _stamp_of_package()
+_STAMP = _stamp()
 
 
 class _Cache(FunctionCache):

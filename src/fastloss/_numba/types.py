@@ -50,14 +50,6 @@ class Plan(NamedTuple):
     step: int  # from a class to the next in the tiles of a unit
 
 
-class Options(NamedTuple):
-    """What a caller may choose of a loss."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-
-
 # The fields of a unit's rows, each LANES numbers in a float64 array.  In:
 (
     MAXIMUM,

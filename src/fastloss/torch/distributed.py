@@ -277,16 +277,9 @@ def _check(
         raise TypeError(f"vocab_start = {vocab_start!r} is not an integer") from None
     if not 0 <= start < 1 << 62:
         raise ValueError(f"vocab_start = {start} is out of range; it must be at least 0")
-    divisor = _arguments.reduction(reduction, normalizer)
-    options = Options(
-        "cross_entropy",
-        _arguments.ignore_index(ignore_index),
-        _arguments.label_smoothing(label_smoothing),
-        _arguments.z_loss(z_loss),
-        reduction,
-        divisor,
-        backend,
-    )
+    checked = _arguments.options(ignore_index, label_smoothing, z_loss)
+    _, divisor = _arguments.reduction(reduction, normalizer)
+    options = Options("cross_entropy", *checked, reduction, divisor, backend)
     _backend.resolve(backend)
     scores = _matrix(logits_shard.detach(), target.numel())
     return _Shard(scores, target.to(torch.int64).reshape(-1), start, shape, options)
