@@ -20,14 +20,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import report
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import fastloss as fl
-from fastloss import _backend, _report
+from fastloss import _backend
+from fastloss._tools.report import format_time, heading, insert, markdown
 from fastloss.sklearn import SoftmaxClassifier
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +94,7 @@ def fit_to(goal, make, X, y, X_exact, l2, repeat_seconds):
     }  # fmt: skip
 
 
-def measure(name, shapes, repeat_seconds):
+def fits_of(name, shapes, repeat_seconds):
     X, y = load(name, shapes)
     l2 = 1 / (2 * len(y))  # C = 1, LogisticRegression's default
     optimum = loss(ours(l2, len(y), 1e-5).fit(X, y), X, y, l2)
@@ -119,7 +119,7 @@ def section(results):
         rows = [
             [
                 fit["contender"], fit["dtype"], f"{fit['tol']:.1e}", str(fit["iterations"]),
-                _report.format_time(fit["seconds"]),
+                format_time(fit["seconds"]),
                 f"{fit['loss'] / result['optimum'] - 1:.1e}",
                 f"{fastest / fit['seconds']:.1f}",
             ]
@@ -128,9 +128,9 @@ def section(results):
         header = ["estimator", "dtype", "tol", "iterations", "time", "above optimum", "speed-up"]
         title = f"{samples:,} samples, {features} features, {classes} classes"
         lines += [
-            f"**{name}**: {title}. {_report.heading(result)}.",
+            f"**{name}**: {title}. {heading(result)}.",
             "",
-            *report.markdown(header, rows),
+            *markdown(header, rows),
             "",
         ]
     return "\n".join(lines).rstrip()
@@ -161,11 +161,11 @@ def main(arguments=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for name in options.problem or problems:
-            results[name] = measure(name, *effort)
+            results[name] = fits_of(name, *effort)
             results[name] |= environment()
     results = {name: results[name] for name in problems if name in results}
     options.json.write_text(json.dumps(results, indent=1) + "\n")
-    text = report.insert(options.readme.read_text(), section(results), BEGIN, END)
+    text = insert(options.readme.read_text(), section(results), BEGIN, END)
     options.readme.write_text(text)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import fastloss as fl
-from fastloss import _bench
+from fastloss._tools import measure
 
 SUMMARY = pytest.StashKey()
 COLUMNS = ("x limit", "GB/s", "best", "limit", "benchmark")
@@ -14,7 +14,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--backend",
         action="append",
-        choices=(*_bench.CHOICES, "all"),
+        choices=(*measure.CHOICES, "all"),
         help="measure this backend; may be repeated (default: all, which is cython and numba)",
     )
     group.addoption(
@@ -30,18 +30,18 @@ def pytest_generate_tests(metafunc):
     config = metafunc.config
     backends = config.getoption("--backend") or ["all"]
     if "all" in backends:
-        backends = _bench.BACKENDS
-    shapes = _bench.QUICK_SHAPES if config.getoption("--quick") else _bench.SHAPES
-    metafunc.parametrize("dtype", _bench.DTYPES, scope="module")
+        backends = measure.BACKENDS
+    shapes = measure.QUICK_SHAPES if config.getoption("--quick") else measure.SHAPES
+    metafunc.parametrize("dtype", measure.DTYPES, scope="module")
     metafunc.parametrize("shape", shapes, scope="module")
-    metafunc.parametrize("operation", _bench.OPERATIONS)
+    metafunc.parametrize("operation", measure.OPERATIONS)
     metafunc.parametrize("backend", dict.fromkeys(backends))
 
 
 @pytest.fixture(scope="module")
 def data(shape, dtype):
     """The arrays of one shape and dtype: made once for all operations and backends."""
-    return _bench.Data(*_bench.parse_shape(shape), dtype)
+    return measure.Data(*measure.parse_shape(shape), dtype)
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,11 @@ import argparse
 import numpy as np
 
 import fastloss as fl
-from fastloss import _bench
+from fastloss._tools import measure
 
 SHAPES = [(64, 1000), (1000, 64), (6000, 10)]
 MOST = 2.0
-EFFORT = _bench.Effort(10, 0.004)
+EFFORT = measure.Effort(10, 0.004)
 
 
 def scores(kind, rng, n, c, dtype):
@@ -77,8 +77,8 @@ def ratios(shape, dtype, backend):
     out = np.empty(shape, dtype)
     by_kind = {kind: calls(kind, shape, dtype, backend, out) for kind in kinds}
     for name in by_kind["tame"]:
-        contenders = {kind: _bench.Local(by_kind[kind][name], 0) for kind in kinds}
-        times, errors = _bench.interleave(contenders, EFFORT)
+        contenders = {kind: measure.Local(by_kind[kind][name], 0) for kind in kinds}
+        times, errors = measure.interleave(contenders, EFFORT)
         if errors:
             raise RuntimeError(f"{name}: {errors}")
         best = {kind: min(times[kind]) for kind in kinds}
@@ -87,11 +87,11 @@ def ratios(shape, dtype, backend):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--backend", choices=_bench.BACKENDS, action="append")
+    parser.add_argument("--backend", choices=measure.BACKENDS, action="append")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     options = parser.parse_args(arguments)
     worst = 0.0
-    for backend in options.backend or _bench.BACKENDS:
+    for backend in options.backend or measure.BACKENDS:
         for shape in SHAPES:
             print(f"{backend}, {shape[0]}x{shape[1]} {options.dtype}", flush=True)
             for name, found in ratios(shape, np.dtype(options.dtype), backend):

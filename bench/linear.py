@@ -20,12 +20,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import report as report_of_benchmarks
 from rich.console import Console
 from rich.table import Table
 
 import fastloss as fl
-from fastloss import _bench, _report
+from fastloss._tools import measure
+from fastloss._tools.report import format_time, heading, insert, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON, README = ROOT / "bench/results/linear.json", ROOT / "bench/README.md"
@@ -90,7 +90,7 @@ def torch_call(data, with_grad, threads):
     return call
 
 
-def measure(shape, with_grad, threads, effort):
+def times_of(shape, with_grad, threads, effort):
     """Best times by name; "limit" is that of the products, and of the pass where it counts."""
     data = Data(shape)
     scores = np.zeros((shape[0], shape[2]), np.float32)
@@ -104,12 +104,12 @@ def measure(shape, with_grad, threads, effort):
     if not with_grad:
         # After the products: these leave the scores that it reads.
         calls["pass"] = lambda: fl.cross_entropy(scores, data.y)
-    for backend in _bench.BACKENDS:
+    for backend in measure.BACKENDS:
         calls[backend] = functools.partial(data.fused, backend, with_grad)
     if torch := torch_call(data, with_grad, threads):
         calls["torch"] = torch
-    contenders = {name: _bench.Local(call, 0) for name, call in calls.items()}
-    times, errors = _bench.interleave(contenders, effort)
+    contenders = {name: measure.Local(call, 0) for name, call in calls.items()}
+    times, errors = measure.interleave(contenders, effort)
     if errors:
         raise RuntimeError(f"{shape}: {errors}")
     best = {name: min(found) for name, found in times.items()}
@@ -144,12 +144,12 @@ def resident(field):
 def tables(results):
     """Header, rows and title: of the times, and of peak memory."""
     names = list(dict.fromkeys(name for r in results["times"] for name in r["best"]))
-    names = [name for name in names if name in (*_bench.BACKENDS, "torch")]
+    names = [name for name in names if name in (*measure.BACKENDS, "torch")]
     rows = [
         [r["shape"], "loss and gradients" if r["with_grad"] else "loss"]
-        + [_report.format_time(r["best"]["limit"])]
+        + [format_time(r["best"]["limit"])]
         + [
-            f"{_report.format_time(r['best'][name])} ({r['best'][name] / r['best']['limit']:.2f})"
+            f"{format_time(r['best'][name])} ({r['best'][name] / r['best']['limit']:.2f})"
             for name in names
         ]
         for r in results["times"]
@@ -182,9 +182,9 @@ def show(results):
 
 
 def section(results):
-    lines = [f"Measured on {_report.heading(results)}; {results['blas']}.", ""]
+    lines = [f"Measured on {heading(results)}; {results['blas']}.", ""]
     for title, header, rows in tables(results):
-        lines += [title, "", *report_of_benchmarks.markdown(header, rows), ""]
+        lines += [title, "", *markdown(header, rows), ""]
     return "\n".join(lines)
 
 
@@ -214,18 +214,18 @@ def main(arguments=None):
 
     threads = fl.get_num_threads()
     peers = ["torch"] if importlib.util.find_spec("torch") else []
-    results = _bench.environment(threads, peers) | {"blas": blas(threads), "times": []}
-    effort = _bench.Effort(options.rounds, 0.0 if options.quick else SECONDS)
+    results = measure.environment(threads, peers) | {"blas": blas(threads), "times": []}
+    effort = measure.Effort(options.rounds, 0.0 if options.quick else SECONDS)
     for shape in QUICK_SHAPES if options.quick else SHAPES:
         for with_grad in (True, False):
-            best = measure(shape, with_grad, threads, effort)
+            best = times_of(shape, with_grad, threads, effort)
             name = "x".join(map(str, shape))
             results["times"].append({"shape": name, "with_grad": with_grad, "best": best})
     shape = QUICK_MEMORY_SHAPE if options.quick else MEMORY_SHAPE
-    peaks = {backend: peak_memory(shape, backend) for backend in _bench.BACKENDS}
+    peaks = {backend: peak_memory(shape, backend) for backend in measure.BACKENDS}
     results["memory"] = {"shape": "x".join(map(str, shape)), "MiB": peaks}
 
-    readme = report_of_benchmarks.insert(options.readme.read_text(), section(results), BEGIN, END)
+    readme = insert(options.readme.read_text(), section(results), BEGIN, END)
     os.makedirs(options.json.parent, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=1) + "\n")
     options.readme.write_text(readme)

@@ -9,9 +9,19 @@ import math
 import os
 from pathlib import Path
 
-from fastloss import _report
-from fastloss._bench import BACKENDS, format_shape
-from fastloss._peers import PEERS
+from fastloss._tools.measure import BACKENDS, format_shape
+from fastloss._tools.peers import PEERS
+from fastloss._tools.report import (
+    case_name,
+    cliffs,
+    contenders,
+    format_time,
+    heading,
+    insert,
+    limit_name,
+    markdown,
+    plot,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
@@ -27,39 +37,30 @@ def main(arguments=None):
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--plot", type=Path, help="default: beside the JSON file, as .svg")
     options = parser.parse_args(arguments)
-    plot = options.plot or options.json.with_suffix(".svg")
+    drawing = options.plot or options.json.with_suffix(".svg")
 
-    report = json.loads(options.json.read_text())
-    losses = where_we_lose(report)
-    _report.plot(report, plot)
-    picture = Path(os.path.relpath(plot, options.readme.parent)).as_posix()
+    results = json.loads(options.json.read_text())
+    losses = where_we_lose(results)
+    plot(results, drawing)
+    picture = Path(os.path.relpath(drawing, options.readme.parent)).as_posix()
     try:
-        readme = insert(options.readme.read_text(), section(report, losses, picture))
+        readme = insert(options.readme.read_text(), section(results, losses, picture), BEGIN, END)
     except ValueError as error:
         parser.exit(2, f"{options.readme}: {error}\n")
     options.readme.write_text(readme)
     print(*losses or ["We lose nowhere in this run."], sep="\n")
 
 
-def insert(readme, text, begin=BEGIN, end=END):
-    """The README with the text between its markers."""
-    before, found_begin, rest = readme.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not (found_begin and found_end):
-        raise ValueError(f"needs the markers {begin} and {end}, in this order")
-    return f"{before}{begin}\n{text}\n{end}{after}"
-
-
-def section(report, losses, picture):
+def section(results, losses, picture):
     """What stands between the markers."""
     lines = [
-        f"Measured on {_report.heading(report)}.",
+        f"Measured on {heading(results)}.",
         "",
         "Loss and gradient, float32: the best time and, in brackets, that over a parallel copy.",
         "",
-        *main_table(report),
+        *main_table(results),
         "",
-        *others_table(report),
+        *others_table(results),
         f"![Time over limit against the number of classes]({picture})",
         "",
         "<details>",
@@ -72,29 +73,27 @@ def section(report, losses, picture):
     return "\n".join(lines)
 
 
-def main_table(report):
-    results = [r for r in shapes(report) if (r["operation"], r["dtype"]) == MAIN]
-    names = [
-        name for name in _report.contenders(report) if any(name in r["contenders"] for r in results)
-    ]
+def main_table(results):
+    listed = [r for r in shapes(results) if (r["operation"], r["dtype"]) == MAIN]
+    names = [name for name in contenders(results) if any(name in r["contenders"] for r in listed)]
     rows = [
-        [format_shape(r["shape"], r["axis"]), _report.format_time(r["limit"]["seconds"])]
+        [format_shape(r["shape"], r["axis"]), format_time(r["limit"]["seconds"])]
         + [timing(r["contenders"].get(name)) for name in names]
-        for r in results
+        for r in listed
     ]
-    rows.append(["largest error, ulp", ""] + [largest_error(results, name) for name in names])
+    rows.append(["largest error, ulp", ""] + [largest_error(listed, name) for name in names])
     return markdown(["shape", "copy", *names], rows)
 
 
-def others_table(report):
+def others_table(results):
     """The other operations and dtypes: for each shape the ratios of the two backends."""
-    results = shapes(report)
-    cases = dict.fromkeys((r["operation"], r["dtype"]) for r in results)
+    listed = shapes(results)
+    cases = dict.fromkeys((r["operation"], r["dtype"]) for r in listed)
     cases.pop(MAIN, None)
     if not cases:
         return []
-    columns = list(dict.fromkeys(format_shape(r["shape"], r["axis"]) for r in results))
-    found = {(r["operation"], r["dtype"], format_shape(r["shape"], r["axis"])): r for r in results}
+    columns = list(dict.fromkeys(format_shape(r["shape"], r["axis"]) for r in listed))
+    found = {(r["operation"], r["dtype"], format_shape(r["shape"], r["axis"])): r for r in listed}
     rows = [
         [operation, dtype] + [ratios(found.get((operation, dtype, column))) for column in columns]
         for operation, dtype in cases
@@ -103,14 +102,14 @@ def others_table(report):
     return [text, "", *markdown(["operation", "dtype", *columns], rows), ""]
 
 
-def shapes(report):
-    return [result for result in report["results"] if result["series"] == "shapes"]
+def shapes(results):
+    return [result for result in results["results"] if result["series"] == "shapes"]
 
 
 def timing(entry):
     if not entry or "error" in entry:
         return "-"
-    return f"{_report.format_time(entry['best'])} ({entry['ratio']:.2f})"
+    return f"{format_time(entry['best'])} ({entry['ratio']:.2f})"
 
 
 def ratios(result):
@@ -126,16 +125,11 @@ def largest_error(results, name):
     return f"{max(errors):.2g}" if errors else "-"
 
 
-def markdown(header, rows):
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
-
-
-def where_we_lose(report):
+def where_we_lose(results):
     """Targets missed, peers that are faster, cliffs, and what failed."""
     found, faster = [], {}
-    for result in report["results"]:
-        case, entries = _report.case_name(result), result["contenders"]
+    for result in results["results"]:
+        case, entries = case_name(result), result["contenders"]
         for name in BACKENDS:
             entry = entries.get(name, {})
             if "error" in entry:
@@ -149,7 +143,7 @@ def where_we_lose(report):
                 shape = format_shape(result["shape"], result["axis"])
                 faster.setdefault(key, []).append(f"{shape} ({share:.2f} of the time)")
     found += [f"{key} at {', '.join(places)}" for key, places in faster.items()]
-    return found + [f"cliff, {step}" for step in _report.cliffs(report)]
+    return found + [f"cliff, {step}" for step in cliffs(results)]
 
 
 def faster_peers(name, entries):
@@ -160,16 +154,16 @@ def faster_peers(name, entries):
 
 
 def missed_target(result, name, entry):
-    case = _report.case_name(result)
+    case = case_name(result)
     if result["shape"] == _SMALL_CALL:
         target = _SMALL_CALL_SECONDS[name]
         if result["dtype"] == "float32" and entry["best"] > target:
-            time, most = (_report.format_time(t) for t in (entry["best"], target))
+            time, most = (format_time(t) for t in (entry["best"], target))
             yield f"{name}: {case}: {time} (target {most})"
         return
     target = target_ratio(result)
     if target and entry["ratio"] > target:
-        limit = _report.limit_name(result)
+        limit = limit_name(result)
         yield f"{name}: {case}: {entry['ratio']:.2f} x {limit} (target {target:.2f})"
 
 

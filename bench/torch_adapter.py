@@ -19,9 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from report import insert, markdown
-
-from fastloss import _bench, _peers, _report
+from fastloss._tools import measure, peers
+from fastloss._tools.report import format_time, heading, insert, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results/torch.json"
@@ -30,7 +29,7 @@ SHAPES = ("1024x32000", "32768x1000", "262144x100", "1048576x10", "8x21x512x512"
 OURS = ("cython", "numba")
 CONTENDERS = {name: {} for name in OURS} | {
     "torch": {},
-    "torch-malloc": _peers.PEERS["torch-malloc"].environment,
+    "torch-malloc": peers.PEERS["torch-malloc"].environment,
 }
 TARGETS = {"torch": 4.0, "torch-malloc": 1.5}  # times as fast
 ORDERS = ("torch, fastloss.torch", "fastloss, fastloss._cython, torch")
@@ -47,10 +46,10 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
 
     report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    report |= _bench.environment(options.threads, ["torch"])
+    report |= measure.environment(options.threads, ["torch"])
     del report["config"]
     for shape in options.shape or ([] if options.alternate else SHAPES):
-        report.setdefault("shapes", {})[shape] = measure(shape, options.threads)
+        report.setdefault("shapes", {})[shape] = step_times(shape, options.threads)
     if options.alternate or not options.shape:
         report["in turn"] = {
             f"{order}; {backend}": in_turn(order, backend, options.threads)
@@ -68,14 +67,14 @@ def main(arguments=None):
 # ---------------------------------------------------------------------------------------------
 
 
-def measure(shape, threads, repeats=5, seconds=0.3):
+def step_times(shape, threads, repeats=5, seconds=0.3):
     """The best times by contender, visited in turn, and the loss that each one found."""
     with ExitStack() as stack:
         pools = {}
         for name, environment in CONTENDERS.items():
             pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             pools[name] = stack.enter_context(pool)
-            with _peers._environment(environment):
+            with peers._environment(environment):
                 pool.submit(bind, name, shape, threads, False).result()
         times = {name: [] for name in pools}
         for _ in range(repeats):
@@ -104,8 +103,8 @@ def _bound(name, shape, threads):
     import fastloss.torch
 
     torch.set_num_threads(threads)
-    data = _bench.Data(
-        *_bench.parse_shape(shape if shape.count("x") < 2 else shape + "@1"), "float32"
+    data = measure.Data(
+        *measure.parse_shape(shape if shape.count("x") < 2 else shape + "@1"), "float32"
     )
     logits, target = torch.from_numpy(data.logits).requires_grad_(), torch.from_numpy(data.target)
     if name in OURS:
@@ -123,7 +122,7 @@ def _bound(name, shape, threads):
 
 
 def visit(name, shape, threads, seconds):
-    return _bench.visit(bind(name, shape, threads), seconds)
+    return measure.visit(bind(name, shape, threads), seconds)
 
 
 def loss_of(name, shape, threads):
@@ -178,11 +177,11 @@ def in_turn(order, backend, threads):
 
 
 def section(report):
-    lines = [f"Measured on {_report.heading(report)}.", ""]
+    lines = [f"Measured on {heading(report)}.", ""]
     rows = []
     for shape in [shape for shape in SHAPES if shape in report.get("shapes", {})]:
         found = report["shapes"][shape]
-        cells = [_report.format_time(found[name]["best"]) for name in CONTENDERS]
+        cells = [format_time(found[name]["best"]) for name in CONTENDERS]
         for theirs in TARGETS:
             cells.append(
                 " / ".join(f"{found[theirs]['best'] / found[o]['best']:.1f}" for o in OURS)
@@ -197,7 +196,7 @@ def section(report):
     if "in turn" in report:
         rows = []
         for case, found in report["in turn"].items():
-            times = (_report.format_time(found[key]) for key in ("theirs", "ours", "both"))
+            times = (format_time(found[key]) for key in ("theirs", "ours", "both"))
             rows.append([case, *times, f"{found['ratio']:.2f}"])
         header = ["imports; backend", "PyTorch's call", "ours", "both in turn", "over the sum"]
         lines += [*markdown(header, rows), ""]

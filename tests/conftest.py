@@ -1,15 +1,12 @@
 """The backend fixture: every test that asks for it runs on every backend and instruction set."""
 
-import functools
-import importlib
-import importlib.util
 import os
 import subprocess
 import sys
 
-import calls
 import pytest
 from hypothesis import HealthCheck, settings
+from support import backends, calls
 
 import fastloss as fl
 from fastloss import _cython
@@ -24,27 +21,13 @@ settings.register_profile("fixed", max_examples=60, derandomize=True, **_SHARED)
 settings.register_profile("explore", max_examples=2000, **_SHARED)
 settings.load_profile("fixed")
 
-COMPILED = ["numba", *(f"cython-{isa}" for isa in _cython.available_isas())]
-BACKENDS = ["numpy", *COMPILED]
 
-
-@functools.cache
-def _cython_build(isa):
-    """The Cython backend as it is imported where FASTLOSS_ISA forces an instruction set."""
-    spec = importlib.util.spec_from_file_location(_cython.__name__, _cython.__file__)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTLOSS_ISA", isa)
-        spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=backends.BACKENDS)
 def backend(request, monkeypatch):
     """The name to pass as ``backend=``. A backend that is missing is an error, not a skip."""
     name, _, isa = request.param.partition("-")
     if isa:
-        monkeypatch.setitem(sys.modules, _cython.__name__, _cython_build(isa))
+        monkeypatch.setitem(sys.modules, _cython.__name__, backends.cython_build(isa))
     assert name in fl.available_backends()
     return name
 
@@ -67,13 +50,6 @@ def _choices_undone():
     yield
     fl.set_backend(None)
     fl.set_num_threads(None)
-
-
-def need(name):
-    """An optional module: without it the test is skipped, unless FASTLOSS_REQUIRE lists it."""
-    if name in os.environ.get("FASTLOSS_REQUIRE", "").split():
-        return importlib.import_module(name)
-    return pytest.importorskip(name)
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +77,14 @@ def python():
         return result.stdout.strip()
 
     return run
+
+
+@pytest.fixture
+def group():
+    """torch.distributed in this process alone."""
+    dist = backends.need("torch").distributed
+    if not dist.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -13,8 +13,7 @@ import sys
 import traceback
 import warnings
 
-import hostile
-import hostile_linear
+from support import hostile, hostile_linear
 from tqdm import tqdm
 
 import fastloss as fl

@@ -1,12 +1,14 @@
 """Every operation against the longdouble oracle, within the promised tolerance."""
 
-import cases
+import functools
+import math
+
 import ml_dtypes
 import mpmath
 import numpy as np
-import oracles
 import pytest
-from cases import CASES, FLOATS, HALVES, LAYOUTS, SOME_LAYOUTS, Layout, assert_close
+from support import cases, oracles
+from support.cases import CASES, FLOATS, HALVES, LAYOUTS, SOME_LAYOUTS, Layout, assert_close
 
 import fastloss as fl
 
@@ -69,12 +71,6 @@ def test_gradient_rows_sum_to_zero(name, layout, dtype, backend):
     assert (np.abs(grad.sum(axis=1)) <= rounding).all()
 
 
-@pytest.mark.parametrize("layout", [Layout(10**6, 1), Layout(10**6, 2), Layout(10**6, 3)], ids=str)
-def test_a_million_rows(layout, backend):
-    for name in ("softmax", "grad"):
-        check(cases.by_name[name], layout, np.dtype(np.float32), backend=backend)
-
-
 def test_a_million_rows_of_ten(backend):
     """In one call; the oracle, which is slow, looks at every 16th row."""
     case, layout = cases.by_name["grad none"], Layout(10**6, 10)
@@ -96,6 +92,78 @@ def test_the_mean_over_ten_million_rows(backend):
     sample = slice(None, None, 101)
     expected = oracles.cross_entropy(x[sample], y[sample], reduction="none")
     assert_close(losses[sample], expected[0], x.dtype)
+
+
+@pytest.mark.parametrize("name", ["grad all", "soft grad all", "nll grad all"])
+@pytest.mark.parametrize("dtype", [*FLOATS, HALVES[0]], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(*shape) for shape in [(100, 7), (100, 350), (2, 7, 50), (1, 350, 100)]],
+    ids=str,
+)  # fmt: skip
+def test_a_reduced_loss_is_the_sum_of_the_losses_as_handed_out(name, layout, dtype, backend):
+    """Of so few rows no rounding averages away."""
+    case = cases.by_name[name]
+    problem = case.problem(layout.n, layout.num_classes, dtype)
+    losses, total = (
+        case._replace(options={**case.options, "reduction": reduction}).call(
+            layout, problem, backend=backend
+        )[0]
+        for reduction in ("none", "sum")
+    )
+    assert total == pytest.approx(math.fsum(losses.tolist()), rel=1e-14, abs=0)
+
+
+@functools.cache
+def equal_terms(operation, num_classes):
+    """Arguments of rows whose sums over the classes have equal terms, and what is right."""
+    rows = 64 if num_classes <= 300 else 8
+    steps = (np.arange(1, rows + 1, dtype=np.float32) / np.float32(rows + 1))[:, None]
+    equal = np.ones((1, num_classes), np.float32)
+    first = np.zeros_like(equal)
+    first[0, 0] = 1
+    weight = np.where(first[0], 1, 0.7)
+    arguments, options = {
+        # The exponentials.
+        "softmax": ((steps * equal,), {}),
+        "cross_entropy_with_grad": ((steps * equal, np.zeros(rows, int)), {"reduction": "none"}),
+        # The distances from a maximum that leaves nothing to the others.
+        "smoothed": (
+            ((50 + steps) * first, np.zeros(rows, int)),
+            {"reduction": "none", "label_smoothing": 1.0},
+        ),
+        "smoothed, weighted": (
+            ((50 + steps) * first, np.zeros(rows, int)),
+            {"reduction": "none", "label_smoothing": 1.0, "weight": weight},
+        ),
+        # These times probabilities, and, in the gradient at the maximum, the probabilities.
+        "soft": (((50 + steps) * first, steps / 7 * (equal - first)), {"reduction": "none"}),
+        "soft, weighted": (
+            ((50 + steps) * first, steps / 7 * (equal - first)),
+            {"reduction": "none", "weight": weight},
+        ),
+        "softmax_backward": ((steps * equal, (1 + steps) * equal / num_classes * 3), {}),
+        "log_softmax_backward": ((steps * equal, 1 + steps - np.log(num_classes * equal)), {}),
+    }[operation]
+    function = operation if hasattr(oracles, operation) else "cross_entropy_with_grad"
+    expected = getattr(oracles, function)(*arguments, **options)
+    return getattr(fl, function), arguments, options, [bounded.value for bounded in expected]
+
+
+@pytest.mark.parametrize("num_classes", [300, 40_000], ids=["in tiles", "in rows"])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        "softmax", "cross_entropy_with_grad", "smoothed", "smoothed, weighted", "soft",
+        "soft, weighted", "softmax_backward", "log_softmax_backward",
+    ],
+)  # fmt: skip
+def test_long_sums_leave_float32_in_time(operation, num_classes, backend):
+    """Of equal terms each addition may round the same way: the errors add up, too."""
+    function, arguments, options, expected = equal_terms(operation, num_classes)
+    results = function(*arguments, **options, backend=backend)
+    results = results if isinstance(results, tuple) else (results,)
+    for result, right in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, right.astype(float), rtol=1e-6, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -3,9 +3,10 @@
 import functools
 
 import numpy as np
-import oracles
 import pytest
-from cases import BFLOAT16, CASES, INTEGERS, Layout, assert_close
+from support import oracles
+from support.backends import need
+from support.cases import BFLOAT16, CASES, INTEGERS, Layout, assert_close
 
 import fastloss as fl
 
@@ -228,6 +229,113 @@ def test_lists_and_scalars(backend):
     assert np.isnan(fl.cross_entropy(np.zeros((0, 3)), [], backend=backend))
 
 
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_integers_are_taken_as_float64(dtype, backend):
+    """As scores of all functions, whether in an array or in lists."""
+    x = rng.integers(0, 9, (4, 5)).astype(dtype)
+    exact, lists = x.astype(float), x.tolist()
+    for function in (fl.softmax, fl.log_softmax, fl.logsumexp):
+        expected = function(exact, backend=backend)
+        for form in (x, lists, x.astype(x.dtype.newbyteorder()), np.asfortranarray(x)):
+            result = function(form, backend=backend)
+            assert result.dtype == np.float64
+            np.testing.assert_allclose(result, expected, rtol=1e-14)
+    for function in (fl.softmax_backward, fl.log_softmax_backward):
+        expected = function(exact, exact, backend=backend)
+        for grad_output, forward in ((x, x), (exact, x), (x, exact), (lists, x)):
+            result = function(grad_output, forward, backend=backend)
+            np.testing.assert_array_equal(result, expected)
+    for function in (fl.cross_entropy_with_grad, fl.nll_loss_with_grad):
+        expected = function(exact, [0, 1, 2, 3], backend=backend)
+        for form in (x, lists):
+            loss, grad = function(form, [0, 1, 2, 3], backend=backend)
+            assert loss == expected[0]
+            np.testing.assert_array_equal(grad, expected[1])
+    with pytest.raises(TypeError, match=f"out has dtype {dtype}, expected float64"):
+        fl.softmax(x, out=x, backend=backend)
+
+
+class Array:
+    """What is no array, but can be read as one."""
+
+    def __init__(self, array, dtype=None):
+        self.array, self.dtype = array, dtype
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+class Interface:
+    def __init__(self, array):
+        self.array, self.__array_interface__ = array, array.__array_interface__
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+@pytest.mark.parametrize("wrap", [Array, Interface, memoryview])
+def test_what_can_be_read_as_an_array(wrap, dtype, backend):
+    x, w, s = (array.astype(dtype) for array in (10 * X, np.arange(70), np.arange(30)))
+    expected = fl.cross_entropy_with_grad(x, Y, weight=w, sample_weight=s, backend=backend)
+    loss, grad = fl.cross_entropy_with_grad(
+        wrap(x), wrap(Y), weight=wrap(w), sample_weight=wrap(s), backend=backend
+    )
+    assert loss == expected[0]
+    np.testing.assert_array_equal(grad, expected[1])
+
+
+def test_what_has_a_dtype_means_it(backend):
+    """Only a bare [] is taken for no targets at all."""
+    x = Array(np.array([[5, 4, 2]]), np.dtype(np.int64))
+    assert fl.softmax(x, backend=backend).dtype == np.float64
+    nothing = np.empty((0, 3))
+    assert np.isnan(fl.cross_entropy(nothing, [], backend=backend))
+    for target in (np.empty(0), Array(np.empty(0), np.dtype(float))):
+        with pytest.raises(ValueError, match="target has shape"):
+            fl.cross_entropy(nothing, target, backend=backend)
+        with pytest.raises(TypeError, match="target has dtype float64; expected integers"):
+            fl.nll_loss(nothing, target, backend=backend)
+
+
+def test_data_frames(backend):
+    """Those of one dtype are arrays; those of nullable columns are not, and the error says so."""
+    pandas = need("pandas")
+    frame = pandas.DataFrame({"a": [5.0, 1], "b": [4, 2]})
+    target = pandas.Series([0, 1], index=[7, 3])
+    loss, grad = fl.cross_entropy_with_grad(
+        frame, target, weight=target + 1, sample_weight=target + 2, backend=backend
+    )
+    expected = fl.cross_entropy_with_grad(
+        [[5, 4], [1, 2]], [0, 1], weight=[1, 2], sample_weight=[2, 3], backend=backend
+    )
+    assert loss == expected[0]
+    assert type(grad) is np.ndarray
+    np.testing.assert_array_equal(grad, expected[1])
+    nullable = frame.astype({"a": "Float64", "b": "Int64"})
+    expected = "has dtype object; .*; a data frame has .to_numpy"
+    for function, arguments, name in [
+        (fl.softmax, (nullable,), "logits"),
+        (fl.cross_entropy, (frame, nullable), "target"),
+        (functools.partial(fl.cross_entropy, weight=nullable), (frame, target), "weight"),
+        (fl.linear_cross_entropy, (nullable, frame, target), "inputs"),
+    ]:
+        with pytest.raises(TypeError, match=f"^{name} {expected}"):
+            function(*arguments, backend=backend)
+    np.testing.assert_array_equal(
+        fl.softmax(nullable.to_numpy(dtype=float), backend=backend),
+        fl.softmax(frame, backend=backend),
+    )
+
+
+def test_probabilities_are_taken_as_they_are(backend):
+    """Below 0, above 1, of any sum: nothing looks at them but the formula."""
+    t = np.array([[-0.5, 2.0, 0.25], [0.0, 0.0, 0.0], [3.0, 4.0, 5.0]])
+    x = rng.normal(size=(3, 3))
+    losses, grad = fl.cross_entropy_with_grad(x, t, reduction="none", backend=backend)
+    log_p = fl.log_softmax(x, backend="numpy")
+    np.testing.assert_allclose(losses, -(t * log_p).sum(1), rtol=1e-13)
+    expected = t.sum(1, keepdims=True) * np.exp(log_p) - t
+    np.testing.assert_allclose(grad, expected, rtol=1e-13, atol=1e-15)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32, np.float64])
 def test_probabilities_of_every_float_dtype(dtype, backend):
     soft = rng.random(X.shape).astype(dtype)
@@ -239,9 +347,11 @@ def test_probabilities_of_every_float_dtype(dtype, backend):
             assert_close(value, bound, x.dtype)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64, np.uint8, BFLOAT16])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int64, np.uint8, BFLOAT16, bool])
 def test_weights_of_every_real_dtype(dtype, backend):
     w, s = np.arange(70) % 5, np.arange(30) % 3
+    if dtype is bool:
+        w, s = w % 2, s % 2
     expected = fl.cross_entropy_with_grad(
         X, Y, weight=w.astype(float), sample_weight=s.astype(float), backend=backend
     )
@@ -250,6 +360,17 @@ def test_weights_of_every_real_dtype(dtype, backend):
     )
     assert loss == expected[0]
     np.testing.assert_array_equal(grad, expected[1])
+
+
+def test_negative_sums_of_weights_are_no_bad_targets(backend):
+    """Nor the other way round, in the first block of targets and in a later one."""
+    x, y, s = np.zeros((20_000, 2)), np.zeros(20_000, int), np.full(20_000, -1.0)
+    for n in (3, 20_000):
+        options = {"sample_weight": s[:n], "backend": backend}
+        assert fl.cross_entropy(x[:n], y[:n], **options) == pytest.approx(np.log(2))
+        bad = np.where(np.arange(n) >= n - 2, 2, 0)
+        with pytest.raises(IndexError, match=rf"^target\[{n - 2}\] = 2 is out of range for 2"):
+            fl.cross_entropy(x[:n], bad, **options)
 
 
 def test_the_mean_divides_by_the_weights_that_count(backend):

@@ -5,7 +5,7 @@ import platform
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
+from support.backends import BACKENDS
 
 import fastloss as fl
 from fastloss import _cython, _numba, _reference
@@ -203,6 +203,15 @@ def test_show_config(capsys):
         "numba threading layer",
     ):
         assert word in text
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue", "tbb"])
+def test_show_config_warns_of_the_layer(python, layer):
+    """The one that calls will run on, and of the one that is not for two at a time."""
+    code = "from fastloss import _numba; print(_numba.describe()['numba threading layer'])"
+    text = python(code, NUMBA_THREADING_LAYER=layer)
+    assert text.startswith((layer, "none: No threading layer could be loaded"))
+    assert ("ends the process" in text) == (layer == "workqueue")
 
 
 def test_warmup(python):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import need
+from support.backends import need
 
 import fastloss as fl
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cases import FLOATS, HALVES
 
 import fastloss as fl
 
@@ -40,6 +41,18 @@ EDGES = {
     "NaN with a soft target of 0": row([0, NAN, 0], [0.5, 0, 0.5], NAN, [NAN, NAN, NAN]),
     "-inf with a class weight of 0": row(
         [-INF, 0, 0], 0, 0.0, [0, 0, 0], weight=[0, 1, 1]
+    ),
+    "a negative sample weight": row([0, 0, 0], 1, -2 * np.log(3), [-2 / 3, 4 / 3, -2 / 3],
+        sample_weight=-2),
+    "-inf at the target, a negative sample weight": row(
+        [-INF, 0, 0], 0, -INF, [1, -0.5, -0.5], sample_weight=-1
+    ),
+    "a negative class weight": row([0, 0], 0, -3 * np.log(2), [1.5, -1.5], weight=[-3, 1]),
+    "class weights that cancel, smoothed": row(
+        [1, 3, 0], 2, 0.2, [-0.1, 0.1, 0], weight=[1, -1, 0], label_smoothing=0.3
+    ),
+    "class weights that cancel, a soft target": row(
+        [1, 3, 0], [0.1, 0.1, 0.8], 0.2, [-0.1, 0.1, 0], weight=[1, -1, 0]
     ),
     "further apart than float32 reaches": row([3e38, -3e38, 0], 1, 6e38, [1, -1, 0]),
     "one class": row([12.5], 0, 0.0, [0]),
@@ -164,8 +177,12 @@ def test_edge(edge, place, dtype, inner, backend):
 
 SCORES = {  # row: softmax, log_softmax, logsumexp
     "NaN": ([0, NAN, 1], [NAN] * 3, [NAN] * 3, NAN),
-    "+inf": ([0, INF, 1], [NAN] * 3, [NAN] * 3, NAN),
-    "all -inf": ([-INF] * 3, [NAN] * 3, [NAN] * 3, NAN),
+    "+inf": ([0, INF, 1], [NAN] * 3, [NAN] * 3, INF),
+    "+inf twice": ([INF, 0, INF], [NAN] * 3, [NAN] * 3, INF),
+    "+inf and NaN": ([INF, NAN, 1], [NAN] * 3, [NAN] * 3, NAN),
+    "NaN and +inf": ([NAN, INF, INF], [NAN] * 3, [NAN] * 3, NAN),
+    "all -inf": ([-INF] * 3, [NAN] * 3, [NAN] * 3, -INF),
+    "-inf and NaN": ([-INF, -INF, NAN], [NAN] * 3, [NAN] * 3, NAN),
     "-inf": ([0, -INF, 0], [0.5, 0, 0.5], [-np.log(2), -INF, -np.log(2)], np.log(2)),
     "one finite": ([-INF, 7, -INF], [0, 1, 0], [-INF, 0, -INF], 7),
     "one class": ([-5], [1], [0], -5),
@@ -198,6 +215,58 @@ def test_edge_of_softmax(name, place, inner, backend):
         np.testing.assert_array_equal(np.moveaxis(out, axis, -1), result)
     result = fl.logsumexp(x, axis, backend=backend)
     np.testing.assert_allclose(result[NEIGHBOURS], lse, rtol=1e-6)
+    assert np.isfinite(np.delete(result, NEIGHBOURS)).all()
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("c", [3, 2000], ids=["in tiles", "in rows"])
+def test_logsumexp_of_infinite_rows(c, dtype, backend):
+    x = np.full((5, c), -INF)
+    x[1, -1], x[2, -1], x[3, 1:], x[4, ::2] = NAN, INF, [INF] + [NAN] * (c - 2), INF
+    for layout in (x, x[:, ::-1]):
+        for scores, axis in ((layout, 1), (layout.T, 0)):
+            result = fl.logsumexp(np.array(scores, dtype), axis, backend=backend)
+            np.testing.assert_array_equal(result.astype(float), [-INF, NAN, INF, NAN, INF])
+
+
+OF_NO_ACCOUNT = {
+    "ignored": (fl.cross_entropy_with_grad, "target"),
+    "no sample weight": (fl.cross_entropy_with_grad, "sample_weight"),
+    "no sample weight, soft": (fl.cross_entropy_with_grad, "soft"),
+    "ignored in nll": (fl.nll_loss_with_grad, "target"),
+    "no sample weight in nll": (fl.nll_loss_with_grad, "sample_weight"),
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(90, 3), (9, 400), (2, 3, 45), (2, 400, 5)], ids=str)
+@pytest.mark.parametrize("name", OF_NO_ACCOUNT)
+def test_rows_of_no_account_among_others(name, shape, smoothing, backend):
+    """The gradient of such a row is +0, and never -0, whatever the row and its targets hold."""
+    function, by = OF_NO_ACCOUNT[name]
+    rng = np.random.default_rng(0)
+    x = -rng.random(shape, np.float32)
+    rows = (*shape[:1], *shape[2:])
+    dead = np.arange(np.prod(rows)).reshape(rows) % 3 > 0
+    unlike = np.arange(np.prod(rows)).reshape(rows) % 3 == 2
+    by_row = np.moveaxis(x, 1, -1)
+    by_row[unlike] = rng.choice([NAN, INF, -INF, -HUGE], by_row[unlike].shape)
+    options = {"axis": 1, "backend": backend, "weight": rng.random(shape[1]) + 0.5}
+    if function is fl.cross_entropy_with_grad:
+        options["label_smoothing"] = smoothing
+    target = rng.integers(0, shape[1], rows)
+    if by == "target":
+        target[dead] = -100
+    else:
+        options["sample_weight"] = np.where(dead, 0.0, 2.0)
+    if by == "soft":
+        target = rng.random(shape, np.float32)
+        np.moveaxis(target, 1, -1)[unlike] = NAN
+    loss, grad = function(x, target, **options)
+    assert np.isfinite(loss)
+    grad = np.ascontiguousarray(np.moveaxis(grad, 1, -1))
+    assert (grad[dead].view(np.int32) == 0).all()
+    assert grad[~dead].any(axis=-1).all()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,12 +317,75 @@ def test_nothing_to_average(name, backend):
 @pytest.mark.parametrize("name", ["no rows", "all ignored", "all sample weights 0"])
 def test_nothing_to_average_in_nll(name, backend):
     x, target, options = NOTHING[name]
-    loss, grad = fl.nll_loss_with_grad(x, target, **options, backend=backend)
-    assert np.isnan(loss)
-    np.testing.assert_array_equal(grad, np.zeros_like(x))
-    assert not np.signbit(grad).any()
-    assert fl.nll_loss(x, target, normalizer=2.0, **options, backend=backend) == 0.0
-    assert fl.nll_loss(x, target, reduction="sum", **options, backend=backend) == 0.0
+    options = options | {"backend": backend}
+    assert np.isnan(fl.nll_loss(x, target, **options))
+    # Where the divisor is 0 so is the factor on the gradient; under the others kernels show theirs.
+    for more in ({}, {"reduction": "sum"}, {"normalizer": 2.0}, {"reduction": "none"}):
+        out = np.full_like(x, 7)
+        loss, grad = fl.nll_loss_with_grad(x, target, out=out, **options, **more)
+        assert np.isnan(loss) if not more else not np.any(loss)
+        assert not np.signbit(loss).any()
+        np.testing.assert_array_equal(grad, np.zeros_like(x))
+        assert not np.signbit(grad).any()
+
+
+CANCELLING = {  # target, weights whose sum over the rows is 0
+    "sample weights": ([0, 1, 2, 0], {"sample_weight": [1, -1, 2, -2]}),
+    "class weights": ([0, 1, 1, 0], {"weight": [1.5, -1.5, 4]}),
+    "both": ([0, 1, 2, -100], {"weight": [2, 1, -3], "sample_weight": [-1, 5, 1, 9]}),
+    "sample weights, soft": (np.eye(4, 3), {"sample_weight": [1, -1, 2, -2], "weight": [1, 2, 3]}),
+}
+
+
+@pytest.mark.parametrize("name", CANCELLING)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("c", [3, 400], ids=["in tiles", "in rows"])
+def test_weights_that_cancel(name, smoothing, c, backend):
+    """A mean over nothing: a loss of NaN, a gradient of 0, not of infinities."""
+    target, options = CANCELLING[name]
+    options = {key: np.array(value, float) for key, value in options.items()}
+    x = np.random.default_rng(1).normal(size=(4, c)).astype(np.float32)
+    x[1, 1] = NAN
+    if "weight" in options:
+        options["weight"] = np.pad(options["weight"], (0, c - 3))
+    target = np.array(target)
+    if target.ndim == 2:
+        target = np.pad(target, ((0, 0), (0, c - 3))).astype(np.float32)
+    calls = [(fl.cross_entropy_with_grad, {"label_smoothing": smoothing})]
+    if target.ndim == 1 and not smoothing:
+        calls.append((fl.nll_loss_with_grad, {}))
+    for function, more in calls:
+        loss, grad = function(x, target, **options, **more, backend=backend)
+        assert np.isnan(loss)
+        assert (grad.view(np.int32) == 0).all()
+        x[1, 1] = 0
+        loss, grad = function(x, target, reduction="sum", **options, **more, backend=backend)
+        assert np.isfinite(loss)
+        assert grad.any()
+
+
+@pytest.mark.parametrize("kind", ["indices", "smoothed", "probabilities", "nll"])
+@pytest.mark.parametrize("c", [3, 400], ids=["in tiles", "in rows"])
+def test_rows_that_count_for_nothing_among_negative_weights(c, kind, backend):
+    """They are +0 to the bit, whatever they hold, also where the divisor is negative."""
+    x = np.random.default_rng(1).normal(size=(6, c)).astype(np.float32)
+    idle = np.array([False, True, False, True, True, False])
+    x[idle] = NAN
+    weights = {"sample_weight": [-1, -2, -0.5, 0.0, -0.0, -3], "weight": -np.ones(c)}
+    target = np.array([0, -100, 2, 1, 1, 0])
+    function = fl.nll_loss_with_grad if kind == "nll" else fl.cross_entropy_with_grad
+    options = {"label_smoothing": 0.1} if kind == "smoothed" else {}
+    if kind == "probabilities":
+        target = np.full_like(x, 1 / c)
+        weights["sample_weight"][1] = -0.0
+    for signs in (1, -1):
+        options |= {name: signs * np.array(values) for name, values in weights.items()}
+        losses, _ = function(x, target, reduction="none", **options, backend=backend)
+        loss, grad = function(x, target, **options, backend=backend)
+        assert np.isfinite(loss)
+        assert (losses[idle].view(np.int32) == 0).all()
+        assert (grad[idle].view(np.int32) == 0).all()
+        assert grad[~idle].any(axis=1).all()
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

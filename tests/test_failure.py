@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import calls
 import numpy as np
 import pytest
-from conftest import COMPILED
 from numba import njit
+from support import calls
+from support.backends import COMPILED
 
 import fastloss as fl
 from fastloss import _cython
@@ -111,7 +111,7 @@ def allow_no_more_threads():
     if os.geteuid() == 0:  # whom no limit holds
         os.setuid(65534)
 import os
-import calls
+from support import calls
 from fastloss._backend import _describe_threads
 """
 
@@ -368,6 +368,22 @@ print(fl._backend._failure("numba"))
     assert config == text
 
 
+def test_where_numba_must_not_compile(python):
+    code = """
+import fastloss as fl
+print(fl.available_backends(), fl.get_backend(), fl.softmax([1, 1]))
+try:
+    fl.softmax([1, 1], backend="numba")
+except ImportError as error:
+    print(error)
+fl.show_config()
+"""
+    available, error, *config = python(code, NUMBA_DISABLE_JIT="1").split("\n")
+    assert available == "['cython', 'numpy'] cython [0.5 0.5]"
+    assert error == "backend 'numba' is not available: Numba compiles nothing, by NUMBA_DISABLE_JIT"
+    assert f"backend numba            {error}" in config
+
+
 @pytest.mark.parametrize("spoil", [delete_extension, break_extension])
 def test_without_the_extension(installation, spoil):
     code = """
@@ -432,7 +448,7 @@ print(fl.softmax([1, 1], backend="numpy"))
 def test_without_openmp(python):
     """One thread, whatever was asked for, and show_config says so."""
     code = """
-import calls
+from support import calls
 from fastloss._backend import config
 print(calls.digest("cython", 1) == calls.digest("cython", 5))
 print(config()["threads"], config()["cython OpenMP"])

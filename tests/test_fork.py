@@ -4,9 +4,9 @@ import os
 import time
 import warnings
 
-import calls
 import pytest
-from conftest import need
+from support import calls
+from support.backends import need
 
 pytestmark = [
     pytest.mark.usefixtures("warm_cache"),
@@ -54,7 +54,7 @@ def test_a_forked_child_works(backend):
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(python, method, layer):
     """After both backends have used two threads here, on either threading layer of Numba."""
-    code = f"import calls; print(calls.children_agree({method!r}))"
+    code = f"from support import calls; print(calls.children_agree({method!r}))"
     # 3.12 warns of what is to work here; where children start anew, no flag of this test reaches.
     flags = ["-W", "ignore::DeprecationWarning"]
     assert python(code, flags=flags, NUMBA_THREADING_LAYER=layer) == "True"
@@ -67,7 +67,7 @@ def child_agrees(fork):
     if child == 0:
         os._exit([calls.digest(backend) for backend in calls.COMPILED] != expected)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-import calls
+from support import calls
 expected = [calls.digest(backend) for backend in calls.COMPILED]
 """
 
@@ -118,7 +118,7 @@ os.wait()
 def test_workers_of_a_torch_data_loader(python):
     need("torch")
     code = """
-import calls
+from support import calls
 from torch.utils.data import DataLoader
 
 class Digests:

@@ -5,14 +5,13 @@ What is hostile, and what the verdict is, stands in `hostile`; `fuzz.py` makes a
 
 import random
 
-import hostile
-import hostile_linear
 import numpy as np
 import pytest
-from conftest import COMPILED
 from fuzz import trial
 from hypothesis import given
 from hypothesis import strategies as st
+from support import hostile, hostile_linear
+from support.backends import COMPILED
 
 import fastloss as fl
 from fastloss import _backend, linear

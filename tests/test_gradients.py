@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import CASES, IGNORED, Layout
+from support.cases import CASES, IGNORED, Layout
 
 import fastloss as fl
 
@@ -27,7 +27,7 @@ def test_gradient_of_a_loss(case, layout, backend):
     scores, target, *others = case.problem(layout.n, layout.num_classes, np.float64)
     if layout.n == 1:
         target = np.abs(target) if target.dtype.kind == "f" else np.zeros_like(target)
-        if "sample_weight" in case.arrays:
+        if "sample_weight" in case.keywords(case.problem(1, layout.num_classes, np.float64)):
             others[-1] = np.ones(1)
     scores = np.where(np.abs(scores) > 50, 0.5, scores)  # where differences can see something
     total = lambda x: np.sum(case.call(layout, (x, target, *others), backend=backend)[0])  # noqa: E731

@@ -3,21 +3,24 @@
 import _thread
 import ctypes
 import functools
+import importlib
 import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 from pathlib import Path
 
 import numpy as np
-import oracles
 import pytest
 import threadpoolctl
-from conftest import need
+from support import oracles
+from support.backends import need
 
 import fastloss as fl
 from fastloss import _blas, _reference, linear
@@ -68,6 +71,11 @@ class Problem:
             self.target = (t / t.sum(axis=1, keepdims=True)).astype(dtype)
         if "ignore_index" in self.options:
             self.target[rng.random(n) < 0.3] = IGNORED
+        if "signed" in self.options:
+            del self.options["signed"]
+            for name in {"weight", "sample_weight"} & set(self.options):
+                weights = self.options[name]
+                self.options[name] = np.where(np.arange(len(weights)) % 4 == 0, -weights, weights)
 
     @property
     def arguments(self):
@@ -119,8 +127,25 @@ OPTIONS = [
     ("z_loss",),
     ("probabilities",),
     ("linear_bias", "l2", "sum", "ignore_index", "weight", "sample_weight"),
-    ("linear_bias", "l2", "weight", "sample_weight", "label_smoothing", "z_loss", "ignore_index"),
-    ("linear_bias", "none", "weight", "sample_weight", "probabilities", "label_smoothing"),
+    (
+        "linear_bias",
+        "l2",
+        "weight",
+        "sample_weight",
+        "signed",
+        "label_smoothing",
+        "z_loss",
+        "ignore_index",
+    ),
+    (
+        "linear_bias",
+        "none",
+        "weight",
+        "sample_weight",
+        "signed",
+        "probabilities",
+        "label_smoothing",
+    ),
 ]
 
 
@@ -205,6 +230,20 @@ def test_gradients_over_many_rows(options, backend):
                 close(result, array, 1e-5, scale=0.0)
 
 
+@pytest.mark.parametrize("make", [np.asarray, "csr_array"], ids=["dense", "sparse"])
+def test_reduced_losses_are_the_float64_sum_of_the_rows(make, backend):
+    problem = Problem((150, 9, 4), np.float32, ("linear_bias", "ignore_index", "sample_weight"))
+    if make == "csr_array":
+        make = need("scipy.sparse").csr_array
+    problem.inputs = make(problem.inputs)
+    total = math.fsum(problem.loss(reduction="none", backend=backend))
+    weights = math.fsum(problem.options["sample_weight"][problem.target != IGNORED])
+    for reduction, right in (("sum", total), ("mean", total / weights)):
+        for call in (problem.loss, lambda **how: problem.loss_and_gradients(**how)[0]):
+            loss = call(reduction=reduction, backend=backend)
+            assert loss == pytest.approx(right, rel=1e-14, abs=0)
+
+
 def test_accumulation_is_one_large_batch(backend):
     problem = Problem((600, 20, 7), np.float32, ("linear_bias", "ignore_index", "sample_weight"))
     used = problem.target != IGNORED
@@ -247,6 +286,80 @@ def test_accumulate_adds_to_everything(backend):
         out=fl.LinearGradients(None), accumulate=True, backend=backend
     )
     np.testing.assert_array_equal(fresh.linear_weight, once.linear_weight)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("options", OPTIONS, ids="+".join)
+def test_frozen_weights(options, backend):
+    """All else is the same to the bit, the penalty in the loss, too."""
+    for dtype in DTYPES:
+        problem = Problem((300, 37, 11), dtype, options)
+        for inputs_grad in (True, False):
+            more = {"inputs_grad": inputs_grad, "backend": backend}
+            loss, gradients = problem.loss_and_gradients(**more)
+            frozen_loss, frozen = problem.loss_and_gradients(**more, linear_weight_grad=False)
+            np.testing.assert_array_equal(frozen_loss, loss)
+            assert frozen.linear_weight is None
+            for result, right in zip(frozen[1:], gradients[1:], strict=True):
+                np.testing.assert_array_equal(result, right)
+    out = fl.LinearGradients(None, inputs=np.ones_like(problem.inputs))
+    _, added = problem.loss_and_gradients(
+        inputs_grad=True, linear_weight_grad=False, out=out, accumulate=True, backend=backend
+    )
+    assert added.linear_weight is None
+    assert added.inputs is out.inputs
+    close(added.inputs - 1, problem.exact()[1][2], 1e-13)
+
+
+def test_frozen_weights_of_sparse_inputs(backend):
+    problem = Problem((50, 6, 4), np.float64, ("linear_bias", "l2"))
+    loss, gradients = problem.loss_and_gradients(backend=backend)
+    problem.inputs = need("scipy.sparse").csr_array(problem.inputs)
+    frozen_loss, frozen = problem.loss_and_gradients(linear_weight_grad=False, backend=backend)
+    assert frozen_loss == pytest.approx(loss, rel=1e-13)
+    assert (frozen.linear_weight, frozen.inputs) == (None, None)
+    close(frozen.linear_bias, gradients.linear_bias, 1e-13)
+
+
+def traced_peak(call):
+    """The most memory that a call has of NumPy at a time, and what it returns."""
+    call()
+    tracemalloc.start()
+    try:
+        return call(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_frozen_weights_cost_no_product(backend):
+    """Neither their gradient nor a part of it is anywhere in memory."""
+    problem = Problem((16, 200, 20_000), np.float32)
+    call = functools.partial(
+        problem.loss_and_gradients, inputs_grad=True, num_threads=1, backend=backend
+    )
+    part = 4 * linear._PRODUCT_ELEMENTS
+    (_, gradients), peak = traced_peak(call)
+    assert peak > gradients.linear_weight.nbytes + gradients.inputs.nbytes + part
+    (_, gradients), peak = traced_peak(functools.partial(call, linear_weight_grad=False))
+    assert gradients.inputs.nbytes < peak < gradients.inputs.nbytes + part
+
+
+def test_no_gradient_at_all(monkeypatch):
+    """The loss alone, then: kernels are not asked for a gradient of the scores."""
+    right, asked = linear._score, []
+
+    def score(plan, rows, scores, losses, with_grad):
+        asked.append(with_grad)
+        right(plan, rows, scores, losses, with_grad)
+
+    monkeypatch.setattr(linear, "_score", score)
+    problem = Problem((64, 5, 3), np.float32, ("l2",))
+    loss, gradients = problem.loss_and_gradients(linear_weight_grad=False)
+    assert loss == problem.loss()
+    assert gradients == (None, None, None)
+    problem.loss_and_gradients(linear_weight_grad=False, inputs_grad=True)
+    assert set(asked[:-1]) == {False}
+    assert asked[-1]
 
 
 def test_leading_dimensions(backend):
@@ -324,17 +437,21 @@ def test_rows_that_count_for_nothing_may_hold_anything(backend):
     assert not losses[idle].any()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_class_weights_of_zero(smoothing, backend):
-    """With smoothing a row counts for its other classes, unless these have no weight either."""
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
+def test_class_weights_of_zero(smoothing, z_loss, backend):
+    """With smoothing a row counts for its other classes, unless these have no weight either; with
+    z_loss for all of them."""
     x, w = np.float64([[1, 2], [np.nan, 1]]), np.float64([[1, 0], [0, 1], [1, 1]])
-    options = {"reduction": "sum", "label_smoothing": smoothing, "backend": backend}
-    call = functools.partial(fl.linear_cross_entropy_with_grad, x, w, [0, 1], **options)
-    loss, gradients = call(weight=np.zeros(3))
-    assert loss == 0.0
-    assert not gradients.linear_weight.any()
-    loss, gradients = call(weight=[1.0, 0.0, 1.0])
-    assert np.isnan(loss) == np.isnan(gradients.linear_weight).any() == bool(smoothing)
+    options = {"reduction": "sum", "label_smoothing": smoothing, "z_loss": z_loss}
+    call = functools.partial(
+        fl.linear_cross_entropy_with_grad, x, w, [0, 1], backend=backend, **options
+    )
+    for weight, counts in ((np.zeros(3), z_loss), ([1.0, 0.0, 1.0], smoothing or z_loss)):
+        loss, gradients = call(weight=weight)
+        assert np.isnan(loss) == np.isnan(gradients.linear_weight).any() == bool(counts)
+        if not np.any(weight) and not counts:
+            assert loss == 0.0
+            assert not gradients.linear_weight.any()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "uint64", "int16", ">i4"])
@@ -368,6 +485,26 @@ def test_arrays_with_gaps_and_arguments_are_added_to_and_written(backend):
     problem.loss_and_gradients(inputs_grad=True, out=own, backend=backend)
     for array, gradient in zip(own, right, strict=True):
         np.testing.assert_array_equal(array, gradient)
+
+
+@pytest.mark.parametrize(
+    "name", ["inputs", "linear_weight", "linear_bias", "target", "weight", "sample_weight"]
+)
+@pytest.mark.parametrize("rows", [5, 50])  # with few of them the bias is no column of a copy
+def test_gradients_may_go_over_any_argument(name, rows, backend):
+    problem = Problem((rows, 6, 4), np.float64, ("linear_bias", "weight", "sample_weight"))
+    _, right = problem.loss_and_gradients(backend=backend)
+    names = ("inputs", "linear_weight", "target")
+    arguments = dict(zip(names, problem.arguments, strict=True)) | problem.options
+    array = arguments[name]
+    memory = np.zeros(1600, np.uint8)
+    arguments[name] = memory[: array.nbytes].view(array.dtype).reshape(array.shape)
+    arguments[name][...] = array
+    out = fl.LinearGradients(memory[:192].view(np.float64).reshape(6, 4))
+    _, gradients = fl.linear_cross_entropy_with_grad(**arguments, out=out, backend=backend)
+    assert gradients.linear_weight is out.linear_weight
+    for result, expected in zip(gradients[:2], right[:2], strict=True):
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_gradients_may_go_over_sparse_inputs(backend):
@@ -477,7 +614,7 @@ OUT = fl.LinearGradients(np.ones_like(W))
 ERRORS = [
     ({"inputs": np.float32(1)}, ValueError, "inputs is a scalar; it needs an axis of features"),
     ({"inputs": X.astype(np.float16)}, TypeError, "inputs has dtype float16; expected float32 or"),
-    ({"inputs": X.astype(int)}, TypeError, "inputs has dtype int64; expected one of"),
+    ({"inputs": X.astype(bool)}, TypeError, "inputs has dtype bool; expected integers or float32"),
     ({"inputs": X[:, :2]}, ValueError, r"linear_weight has shape \(5, 3\), expected \(C, 2\)"),
     ({"linear_weight": W[0]}, ValueError, r"linear_weight has shape \(3,\), expected \(C, D\)"),
     ({"linear_weight": W[:0]}, ValueError, r"linear_weight of shape \(0, 3\) has no classes"),
@@ -489,7 +626,7 @@ ERRORS = [
     ({"target": Y - 1}, IndexError, r"target\[0\] = -1 is out of range for 5 classes"),
     ({"target": X}, ValueError, r"target has shape \(4, 3\), expected \(4, 5\)"),
     ({"weight": Y}, ValueError, r"weight has shape \(4,\), expected \(5,\)"),
-    ({"sample_weight": -Y}, ValueError, r"sample_weight\[1\] = -1.0 is not a finite number"),
+    ({"sample_weight": Y * np.nan}, ValueError, r"sample_weight\[0\] = nan is not a finite number"),
     ({"l2": -1}, ValueError, "l2 = -1.0 is not a finite number of at least 0"),
     ({"l2": np.nan}, ValueError, "l2 = nan is not a finite number"),
     ({"l2": "1"}, TypeError, "l2 = '1' is not a real number"),
@@ -507,6 +644,12 @@ ERRORS = [
 GRADIENT_ERRORS = [
     ({"accumulate": "no"}, TypeError, "accumulate = 'no' is not True or False"),
     ({"inputs_grad": [True]}, TypeError, r"inputs_grad = \[True\] is not True or False"),
+    ({"linear_weight_grad": 0}, TypeError, "linear_weight_grad = 0 is not True or False"),
+    (
+        {"linear_weight_grad": False},
+        ValueError,
+        "out.linear_weight is given, but linear_weight_grad = False",
+    ),
     ({"accumulate": True, "out": None}, ValueError, "accumulate = True, but there is no out"),
     ({"out": W}, TypeError, "out is a ndarray, expected LinearGradients"),
     ({"out": OUT._replace(inputs=X)}, ValueError, "out.inputs is given, but inputs_grad = False"),
@@ -529,7 +672,7 @@ GRADIENT_ERRORS = [
 @pytest.mark.parametrize(("wrong", "error", "message"), ERRORS + GRADIENT_ERRORS)
 def test_errors(wrong, error, message, backend):
     arguments = {"inputs": X, "linear_weight": W, "target": Y, "backend": backend} | wrong
-    if not {"out", "accumulate", "inputs_grad"} & set(wrong):
+    if not {"out", "accumulate", "inputs_grad", "linear_weight_grad"} & set(wrong):
         with pytest.raises(error, match=message):
             fl.linear_cross_entropy(**arguments)
     out = wrong.get("out", OUT)
@@ -541,15 +684,53 @@ def test_errors(wrong, error, message, backend):
         np.testing.assert_array_equal(array, old)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_integers_are_taken_as_float64(dtype, backend):
+    """Counts of words, for one, which scikit-learn hands out as a sparse matrix of integers."""
+    counts = np.random.default_rng(0).integers(0, 9, (30, 4)).astype(dtype)
+    w, b = counts[:3], counts[3, :3]
+    target, options = np.arange(30) % 3, {"backend": backend, "l2": 0.5}
+    layers = [(counts, w, b), (counts.tolist(), w.tolist(), b.tolist())]
+    sparse = need("scipy.sparse")
+    layers += [(sparse.csr_array(counts), w, b), (sparse.coo_matrix(counts), w, b)]
+    loss, grad = fl.linear_cross_entropy_with_grad(
+        counts.astype(float), w.astype(float), target, linear_bias=b.astype(float), **options
+    )
+    for x, weight, bias in layers:
+        result, gradients = fl.linear_cross_entropy_with_grad(
+            x, weight, target, linear_bias=bias, **options
+        )
+        assert result == pytest.approx(loss, rel=1e-14)
+        for array, expected in zip(gradients[:2], grad[:2], strict=True):
+            assert array.dtype == np.float64
+            np.testing.assert_allclose(array, expected, rtol=1e-12, atol=1e-13)
+    assert fl.l2_penalty(w, 0.5) == 0.5 * float((w.astype(float) ** 2).sum())
+
+
 def test_sparse_errors():
     sparse = need("scipy.sparse")
     x = sparse.csr_array(X)
     with pytest.raises(ValueError, match="the gradient of sparse inputs is dense"):
         fl.linear_cross_entropy_with_grad(x, W, Y, inputs_grad=True)
-    with pytest.raises(TypeError, match="inputs has dtype int64; expected float32 or float64"):
-        fl.linear_cross_entropy(sparse.csr_array(X.astype(int)), W, Y)
+    with pytest.raises(TypeError, match="inputs has dtype bool; expected float32 or float64"):
+        fl.linear_cross_entropy(sparse.csr_array(X.astype(bool)), W, Y)
     with pytest.raises(ValueError, match=r"inputs has shape \(3,\), expected \(N, D\)"):
         fl.linear_cross_entropy(sparse.coo_array(X[0]), W, Y)
+
+
+def test_outputs_of_which_it_is_hard_to_tell_whether_they_overlap():
+    """They count as if they did: numpy.shares_memory would work on such strides for ages."""
+    memory = bytearray(1 << 18)
+    w = np.ndarray((28, 51), np.float32, memory, 0, (5033, 52))
+    x = np.ndarray((37, 51), np.float32, memory, 197, (2451, 26))
+    with pytest.raises(np.exceptions.TooHardError):
+        np.shares_memory(w, x, max_work=10_000)
+    with pytest.raises(ValueError, match=r"out.linear_weight and out.inputs share memory"):
+        fl.linear_cross_entropy_with_grad(
+            np.zeros((37, 51), np.float32), np.zeros((28, 51), np.float32), np.zeros(37, int),
+            inputs_grad=True, out=fl.LinearGradients(w, None, x),
+        )  # fmt: skip
+    assert not any(memory)
 
 
 @pytest.mark.parametrize("form", ["csr", "csc", "bsr", "coo", "lil", "dok"])
@@ -936,12 +1117,16 @@ def test_peak_memory(rows, backend):
     assert 10 < peak < 64  # the scores of each of two threads take 22
 
 
-def test_benchmark(tmp_path):
+def test_benchmark(tmp_path, monkeypatch):
+    """It runs, and its tables go between the markers; memory and PyTorch are not measured here."""
     need("rich")
+    benchmark = importlib.import_module(BENCHMARK.stem)
+    monkeypatch.setattr(benchmark, "peak_memory", lambda shape, backend: 12.3)
+    monkeypatch.setattr(benchmark, "torch_call", lambda *_: None)
     table, readme = tmp_path / "linear.json", tmp_path / "README.md"
     readme.write_text("before\n<!-- linear:begin -->\nold\n<!-- linear:end -->\nafter\n")
-    command = [sys.executable, BENCHMARK, "--quick", "--rounds", "1"]
-    subprocess.run([*command, "--json", table, "--readme", readme], check=True, timeout=200)
+    files = ["--json", str(table), "--readme", str(readme)]
+    benchmark.main(["--quick", "--rounds", "1", *files])
     results = json.loads(table.read_text())
     assert {(r["shape"], r["with_grad"]) for r in results["times"]} == {
         ("256x16x100", True),
@@ -954,4 +1139,5 @@ def test_benchmark(tmp_path):
     assert text.startswith("before\n<!-- linear:begin -->\nMeasured on ")
     assert text.endswith("<!-- linear:end -->\nafter\n")
     assert "| 256x16x100 | loss and gradients |" in text
+    assert "| 512x8x2000 | 12.3 MiB | 12.3 MiB |" in text
     assert "old" not in text

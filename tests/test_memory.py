@@ -10,8 +10,8 @@ import mmap
 
 import numpy as np
 import pytest
-from cases import CASES, FLOATS, HALVES, INTEGERS, Layout, by_name
-from conftest import COMPILED
+from support.backends import COMPILED
+from support.cases import CASES, FLOATS, HALVES, INTEGERS, Layout, by_name
 
 from fastloss import _arguments
 
@@ -25,6 +25,7 @@ LAYOUTS = [
     for shape in [
         (1, 1), (1, 3), (7, 5), (63, 1), (65, 2), (70, 17), (3, 299), (2, 300), (2, 301), (3, 1023),
         (1, 1025), (1, 9001), (1, 3, 7), (2, 5, 65), (3, 17, 63), (1, 301, 3), (2, 1, 64),
+        (2, 304, 3),
     ]
 ]  # fmt: skip
 
@@ -108,10 +109,15 @@ def test_within_bounds(case, end, backend):
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_targets_of_every_width(name, dtype, end, backend):
     case = by_name[name]
-    for layout in (Layout(1, 2), Layout(4097, 10), Layout(3, 5, 21)):
+    for layout in (Layout(1, 2), Layout(4097, 10), Layout(3, 5, 21), Layout(1, 301, 70)):
         logits, target, *weights = case.problem(layout.n, layout.num_classes, np.float32)
-        problem = (logits, np.maximum(target, 0).astype(dtype), *weights)
-        call(case, layout, problem, end, backend=backend)
+        target = np.clip(target, 0, 127)  # what every width can hold
+        expected = case.call(layout, (logits, target, *weights), backend=backend)
+        problem = (logits, target.astype(dtype), *weights)
+        for result, right in zip(
+            call(case, layout, problem, end, backend=backend), expected, strict=True
+        ):
+            np.testing.assert_array_equal(result, right)
 
 
 @compiled

@@ -6,7 +6,7 @@ the table is tried on the backend of the fixture, which is each instruction set 
 
 import numpy as np
 import pytest
-from cases import CASES, FLOATS, HALVES, SOME_LAYOUTS, Layout
+from support.cases import CASES, FLOATS, HALVES, SOME_LAYOUTS, Layout
 
 import fastloss as fl
 
@@ -88,7 +88,7 @@ def check_part(case, layout, whole, part, batch, backend):
     """The rows of a part, in a layout, give the bits that they gave in the batch."""
     n = len(whole[0])
     arrays = [
-        array if name == "weight" else array[part]
+        array if name.startswith("weight") else array[part]
         for name, array in zip(case.inputs + case.arrays, whole, strict=True)
     ]
     assert {len(whole[i]) for i in range(len(case.inputs))} == {n}
@@ -104,10 +104,10 @@ SMALL = [Layout(*shape) for shape in [(5, 3), (5, 65), (3, 400), (2, 2049), (2, 
 
 def call(case, arrays, layout, **options):
     """The results for arrays as they lie."""
-    keywords = dict(zip(case.arrays, arrays[len(case.inputs) :], strict=True))
     results = case.function(
-        *arrays[: len(case.inputs)], axis=layout.axis, **keywords, **case.options, **options
-    )
+        *arrays[: len(case.inputs)], axis=layout.axis, **case.keywords(arrays), **case.options,
+        **options,
+    )  # fmt: skip
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -231,7 +231,7 @@ def test_out_and_in_place(case, layout, dtype, backend):
     for position, name in enumerate(case.inputs):
         if name in ("logits", "log_probs", "probs", "grad_output"):
             arrays = [np.array(layout.arrange(array)) for array in problem]
-            keywords = dict(zip(case.arrays, arrays[len(case.inputs) :], strict=True))
+            keywords = case.keywords(arrays)
             case.function(
                 *arrays[: len(case.inputs)], axis=layout.axis, out=arrays[position],
                 backend=backend, **keywords, **case.options,

@@ -6,9 +6,9 @@ small the weights are.
 """
 
 import numpy as np
-import oracles
 import pytest
-from cases import FLOATS, Layout, assert_close, ulp
+from support import oracles
+from support.cases import FLOATS, Layout, assert_close, ulp
 
 import fastloss as fl
 
@@ -38,13 +38,58 @@ def test_upstream_gradients_as_large_as_can_be(dtype, layout, kind, backend):
             backward = getattr(fl, f"{name}_backward")
             arrays = [layout.arrange(array) for array in (g, forward)]
             result = backward(*arrays, axis=layout.axis, backend=backend)
-            result = layout.rows(result, "logits")
-            too_large = np.abs(right.value) > largest
-            assert (result[too_large] == np.sign(right.value[too_large]) * np.inf).all()
-            right = oracles.Bounded(
-                np.where(too_large, 0, right.value), np.where(too_large, 0, right.allowance)
-            )
-            assert_close(np.where(too_large, dtype.type(0), result), right, dtype)
+            assert_close_or_too_large(layout.rows(result, "logits"), right, dtype)
+
+
+def assert_close_or_too_large(result, right, dtype):
+    """What the dtype cannot hold is infinite."""
+    too_large = np.abs(right.value) > np.finfo(dtype).max
+    assert (result[too_large] == np.sign(right.value[too_large]) * np.inf).all()
+    right = oracles.Bounded(*(np.where(too_large, 0, part) for part in right))
+    assert_close(np.where(too_large, dtype.type(0), result), right, dtype)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 3), *LAYOUTS], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_log_probabilities_above_0(dtype, layout, backend):
+    """There are none, but what is passed for one has its exponential all the same."""
+    rng = np.random.default_rng(3)
+    shape = (layout.n, layout.num_classes)
+    for top in (1, 85, 100) if dtype == np.float32 else (1, 85, 700):
+        log_probs = rng.normal(size=shape).astype(dtype)
+        log_probs[:, 0] = top
+        g = rng.uniform(-1, 1, shape).astype(dtype)
+        g[:, 0] += 3
+        (right,) = oracles.log_softmax_backward(g, log_probs)
+        result = fl.log_softmax_backward(
+            *map(layout.arrange, (g, log_probs)), axis=layout.axis, backend=backend
+        )
+        assert_close_or_too_large(layout.rows(result, "logits"), right, dtype)
+
+
+@pytest.mark.parametrize("target", ["indices", "probabilities"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("layout", [*LAYOUTS, Layout(3, 2100)], ids=str)
+def test_distances_that_only_float64_holds(layout, smoothing, target, backend):
+    """Of scores at both ends of the range, weighted by classes; the loss is within the range."""
+    rng = np.random.default_rng(4)
+    n, c = layout.n, layout.num_classes
+    x = rng.normal(size=(n, c)).astype(np.float32)
+    x[::2, ::2] = rng.choice([3e38, -3e38], x[::2, ::2].shape)
+    x[0, -2:] = 3e38, -3e38
+    y = np.argmax(x, axis=1)
+    if target == "probabilities":
+        y = rng.dirichlet(np.ones(c), n).astype(np.float32)
+    losses, expected = (
+        fl.cross_entropy(
+            layout.arrange(x), layout.arrange(y), axis=layout.axis, label_smoothing=smoothing,
+            weight=np.linspace(0.05, 0.3, c), reduction="none", backend=name,
+        )
+        for name in (backend, "numpy")
+    )  # fmt: skip
+    assert np.isfinite(expected).all()
+    assert expected.max() > 1e36 or (y.ndim == 1 and not smoothing)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, Layout(3, 2000)], ids=str)

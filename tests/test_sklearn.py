@@ -1,16 +1,15 @@
 """The classifier: scikit-learn's own checks, LogisticRegression's optimum, and gradient descent."""
 
 import contextlib
+import importlib
 import json
 import pickle
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import need
+from support.backends import need
 
 sklearn = need("sklearn")
 sparse = need("scipy.sparse")
@@ -71,6 +70,20 @@ def agree(ours, theirs, X, tolerance=1e-4):
     np.testing.assert_allclose(
         ours.predict_proba(X), theirs.predict_proba(X), rtol=0, atol=tolerance
     )
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
+def test_negative_class_weights(solver, backend):
+    """Without an intercept, which could go to infinity, there is an optimum for them."""
+    X, y = load_iris(return_X_y=True)
+    X, weights = (X - X.mean(axis=0)) / X.std(axis=0), {0: 1.0, 1: 1.5, 2: -0.1}
+    options = {"fit_intercept": False, "class_weight": weights}
+    theirs = LogisticRegression(C=0.1, tol=1e-10, max_iter=5000, **options).fit(X, y)
+    ours = SoftmaxClassifier(
+        solver=solver, l2=1 / (2 * 0.1 * total_weight(y, None, weights)), tol=1e-8, max_iter=500,
+        batch_size=150, schedule="constant", n_iter_no_change=500, backend=backend, **options,
+    ).fit(X, y)  # fmt: skip
+    agree(ours, theirs, X)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "sample_weight"])
@@ -291,11 +304,27 @@ def test_weights_of_samples_and_classes_are_the_same_thing(digits):
 
 def test_samples_of_weight_0_may_as_well_be_away(digits):
     X, y, _ = digits
-    s = np.random.default_rng(0).integers(0, 2, len(y))
+    s = np.random.default_rng(0).random(len(y)) < 0.5
     for solver in ("lbfgs", "sgd"):
         weighted = sgd(solver=solver).fit(X, y, s)
-        shorter = sgd(solver=solver).fit(X[s > 0], y[s > 0])
+        shorter = sgd(solver=solver).fit(X[s], y[s])
         np.testing.assert_allclose(weighted.coef_, shorter.coef_, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
+def test_balanced_classes_of_any_weight(solver):
+    """What its samples weigh does not matter, unless that is 0: a class then counts for nothing."""
+    X, y = load_iris(return_X_y=True)
+    balanced = sgd(solver=solver, class_weight="balanced", l2=0.01, tol=1e-6)
+    even = balanced.fit(X, y).coef_
+    for size in (5.0, 1e-310):
+        found = clone(balanced).fit(X, y, np.where(y == 1, size, 1.0)).coef_
+        np.testing.assert_allclose(found, even, atol=1e-6)
+    s = np.where(y == 2, 0.0, y + 1.0)
+    found = clone(balanced).fit(X, y, s)
+    by_hand = clone(balanced).set_params(class_weight={0: 1.0, 1: 0.5}).fit(X, y, s)
+    assert found.classes_.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(found.coef_, by_hand.coef_, atol=1e-6)
 
 
 def test_sgd_ends_when_nothing_changes(digits):
@@ -321,6 +350,33 @@ def test_early_stopping(digits):
     np.testing.assert_array_equal(model.coef_, shorter.coef_)  # those of the best epoch
 
 
+@pytest.mark.parametrize("fraction", [0.2, 0.5])
+def test_as_much_of_every_class_is_set_aside(monkeypatch, fraction):
+    right, seen = fl.linear_cross_entropy, []
+
+    def watched(X, coef, target, **options):
+        seen.append(np.bincount(target).tolist())
+        return right(X, coef, target, **options)
+
+    monkeypatch.setattr("fastloss.sklearn.linear_cross_entropy", watched)
+    counts = np.array([80, 20, 10])
+    y = np.repeat(range(3), counts)
+    for seed in range(3):
+        sgd(
+            early_stopping=True, validation_fraction=fraction, max_iter=1, random_state=seed
+        ).fit(y[:, None], y)  # fmt: skip
+    assert seen == 3 * [(fraction * counts).tolist()]
+
+
+def test_early_stopping_keeps_the_best_however_little_better(digits):
+    X, y, _ = digits
+    model = sgd(early_stopping=True, tol=1.0, learning_rate=1e-3, momentum=0.0).fit(X, y)
+    assert model.n_iter_ == 1 + model.n_iter_no_change
+    assert np.all(np.diff(model.validation_curve_) < 0)  # the last is the best, by less than tol
+    longer = clone(model).set_params(tol=0.0, max_iter=model.n_iter_).fit(X, y)
+    np.testing.assert_array_equal(model.coef_, longer.coef_)
+
+
 def test_warm_start(digits):
     X, y, _ = digits
     model = SoftmaxClassifier(warm_start=True).fit(X, y)
@@ -329,12 +385,40 @@ def test_warm_start(digits):
     assert clone(model).fit(X, y).n_iter_ == needed
     one = sgd(max_iter=6, tol=0.0).fit(X, y)
     three = sgd(max_iter=2, tol=0.0, warm_start=True)
-    losses = [loss for _ in range(3) for loss in three.fit(X, y).loss_curve_]
+    losses = []
+    for _ in range(3):
+        losses += three.fit(X, y).loss_curve_
+        assert three.n_iter_ == len(three.loss_curve_) == 2
     assert losses == one.loss_curve_
     np.testing.assert_array_equal(three.coef_, one.coef_)
     for wrong in ((X[:, :9], y), (X[y > 0], y[y > 0])):
         with pytest.raises(ValueError, match="warm_start = True, but X and y have"):
             three.fit(*wrong)
+
+
+def test_after_lbfgs_gradient_descent_begins_anew(digits):
+    """The velocity that it had before would lead away from where L-BFGS ended."""
+    X, y, _ = digits
+    before, never = sgd(max_iter=2, warm_start=True).fit(X, y), sgd(max_iter=2, warm_start=True)
+    for model in (before, never):
+        model.set_params(solver="lbfgs", max_iter=200).fit(X, y)
+    never.coef_, never.intercept_ = before.coef_.copy(), before.intercept_.copy()
+    for model in (before, never):
+        model.set_params(solver="sgd", max_iter=2).fit(X, y)
+    assert before.loss_curve_ == never.loss_curve_
+    np.testing.assert_array_equal(before.coef_, never.coef_)
+
+
+def test_the_cosine_schedule_ends_at_0(digits):
+    """And stays there, however often partial_fit is called."""
+    X, y, _ = digits
+    model = sgd(max_iter=2, schedule="cosine", momentum=0.0)
+    for _ in range(2):
+        model.partial_fit(X, y, classes=range(10))
+    end = model.coef_.copy()
+    assert end.any()
+    for _ in range(2):
+        np.testing.assert_array_equal(model.partial_fit(X, y).coef_, end)
 
 
 def test_partial_fit_is_an_epoch(digits):
@@ -408,22 +492,29 @@ def test_without_scikit_learn(python):
 
 X, Y = np.random.default_rng(0).normal(size=(20, 3)), np.arange(20) % 4
 ERRORS = [
-    ({"l2": -1}, "l2 = -1 is not a finite number of at least 0"),
-    ({"l2": np.nan}, "l2 = nan is not a finite number of at least 0"),
-    ({"l2": "1"}, "l2 = '1' is not a finite number"),
-    ({"solver": "saga"}, "solver = 'saga' is not 'lbfgs' or 'sgd'"),
-    ({"max_iter": 0}, "max_iter = 0 is not an integer of at least 1"),
-    ({"max_iter": 2.5}, "max_iter = 2.5 is not an integer"),
-    ({"tol": -1e-9}, "tol = -1e-09 is not a number of at least 0"),
-    ({"batch_size": True}, "batch_size = True is not an integer of at least 1"),
-    ({"learning_rate": 0}, "learning_rate = 0 is not 'auto' or a finite number above 0"),
-    ({"learning_rate": "fast"}, "learning_rate = 'fast' is not 'auto' or"),
-    ({"schedule": "linear"}, "schedule = 'linear' is not 'sqrt', 'constant' or 'cosine'"),
-    ({"momentum": 1}, "momentum = 1 is not a number from 0 to below 1"),
-    ({"validation_fraction": 1.0}, "validation_fraction = 1.0 is not a number between 0 and 1"),
-    ({"n_iter_no_change": -1}, "n_iter_no_change = -1 is not an integer of at least 1"),
     ({"class_weight": {0: 0, 1: 0, 2: 0, 3: 0}}, "leave no sample that counts"),
-    ({"class_weight": "equal"}, "class_weight"),
+    ({"class_weight": {1: np.nan}}, r"class_weight\[1\] = nan is not a finite number"),
+    ({"class_weight": {0: 1, 2: -np.inf}}, r"class_weight\[2\] = -inf is not a finite number"),
+    ({"class_weight": {1: "2"}}, r"class_weight\[1\] = '2' is not a finite number"),
+    ({"class_weight": {1: 10**400}}, r"class_weight\[1\] = 10{400} is not a finite number"),
+    ({"class_weight": {5: 1.0}}, r"The classes, \[0, 1, 2, 3\], are not in class_weight"),
+    (
+        {"class_weight": {0: 1e308}, "sample_weight": Y + 1e308},
+        "sample_weight, times class_weight, sums to inf over 20 samples",
+    ),
+    ({"class_weight": {0: -3}}, "sample_weight, times class_weight, sums to 0.0 over 20 samples"),
+    (
+        {"early_stopping": True, "solver": "sgd"},
+        "validation_fraction = 0.1 sets 2 of 20 samples aside; both .* one of each of 4 classes",
+    ),
+    (
+        {"early_stopping": True, "solver": "sgd", "validation_fraction": 0.9},
+        "validation_fraction = 0.9 sets 18 of 20 samples aside",
+    ),
+    (
+        {"early_stopping": True, "solver": "sgd", "y": np.where(np.arange(20) == 7, "a", "b")},
+        "early_stopping = True, but only one sample of class a counts",
+    ),
     ({"learning_rate": 1e308, "solver": "sgd"}, "the loss is .* in epoch .*: learning_rate = 1e"),
     ({"y": Y * 0}, "y has one class, 0; at least 2 classes are needed"),
     ({"y": Y + 0.5}, "Unknown label type"),
@@ -442,12 +533,55 @@ def test_errors(wrong, message):
         SoftmaxClassifier(**parameters).fit(X, y, s)
 
 
+WRONG = {
+    "l2": ("a finite number of at least 0", [-1, np.nan, np.inf, 10**400, "1", None, True]),
+    "fit_intercept": ("True or False", ["no", 1, None, np.ones(2)]),
+    "class_weight": ("a dict, 'balanced' or None", ["equal", [1.0, 2.0], 2.0, np.ones(4)]),
+    "solver": ("'lbfgs' or 'sgd'", ["saga", None, np.array(["sgd", "lbfgs"])]),
+    "max_iter": ("an integer of at least 1", [0, 2.5, "9", True, None, 10**400]),
+    "tol": ("a number of at least 0", [-1e-9, np.nan, "0", None, False]),
+    "batch_size": ("an integer of at least 1", [0, 128.0, True, None, "auto"]),
+    "learning_rate": (
+        "'auto' or a finite number above 0", [0, -1.0, np.nan, np.inf, "fast", None, np.ones(2)]
+    ),
+    "schedule": ("'sqrt', 'constant' or 'cosine'", ["linear", None, 1.0]),
+    "momentum": ("a number from 0 to below 1", [1, -0.1, np.nan, "0.9", None]),
+    "early_stopping": ("True or False", ["no", 1, None]),
+    "validation_fraction": ("a number between 0 and 1", [0.0, 1.0, 5, np.nan, "0.1", None]),
+    "n_iter_no_change": ("an integer of at least 1", [-1, 0, 5.0, None, True]),
+    "warm_start": ("True or False", ["yes", 0, None]),
+    "random_state": (
+        "an integer from 0 to 2**32 - 1, a RandomState or None",
+        [-1, 2**32, 0.5, "seed", np.random.default_rng(0)],
+    ),
+    "verbose": ("True, False or an integer of at least 0", ["no", -1, 0.5, None]),
+    "backend": ("a backend", ["nump", 1]),
+    "num_threads": ("an integer", [1.5, "2"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SoftmaxClassifier().get_params())
+def test_every_parameter_is_checked(name):
+    """By whichever solver is to use it, and whether it does or not."""
+    expected, values = WRONG[name]
+    for value in values:
+        message = "^" + re.escape(f"{name} = {value!r} is not {expected}")
+        for solver in ("lbfgs", "sgd"):
+            model = SoftmaxClassifier(**{"solver": solver, name: value})
+            with pytest.raises((ValueError, TypeError), match=message):
+                model.fit(X, Y)
+        if name != "solver":
+            with pytest.raises((ValueError, TypeError), match=message):
+                model.partial_fit(X, Y, classes=range(4))
+
+
 @pytest.mark.parametrize(
     ("parameters", "arguments", "message"),
     [
         ({}, {}, "classes = None, but the first partial_fit has to know them all"),
         ({}, {"classes": [0, 1, 3]}, "y has 2, which is not one of the classes"),
         ({"class_weight": "balanced"}, {"classes": range(4)}, "'balanced' needs all samples"),
+        ({"early_stopping": True}, {"classes": range(4)}, "early_stopping = True needs all sampl"),
     ],
 )
 def test_partial_fit_errors(parameters, arguments, message):
@@ -468,24 +602,21 @@ def test_not_fitted():
         SoftmaxClassifier().predict(X)
 
 
-def test_benchmark(tmp_path):
-    """bench/classifier.py on small problems: a table between the markers, and it stays one."""
-    root = Path(__file__).parents[1]
+def test_benchmark(tmp_path, monkeypatch):
+    """bench/classifier.py on tiny problems: a table between the markers, and it stays one."""
+    benchmark = importlib.import_module("classifier")
+    tiny = {"100 classes": (200, 5, 10), "1000 classes": (200, 5, 20)}
+    monkeypatch.setattr(benchmark, "QUICK", tiny)
     readme, figures = tmp_path / "README.md", tmp_path / "classifier.json"
     readme.write_text("before\n<!-- classifier:begin -->\n<!-- classifier:end -->\nafter\n")
-    for problem in ("digits", "100 classes"):
-        subprocess.run(
-            [
-                sys.executable, root / "bench" / "classifier.py", "--quick", "--problem", problem,
-                "--json", figures, "--readme", readme,
-            ],
-            check=True, capture_output=True,
-        )  # fmt: skip
+    for problem in reversed(tiny):
+        files = ["--json", str(figures), "--readme", str(readme)]
+        benchmark.main(["--quick", "--problem", problem, *files])
     text = readme.read_text()
-    assert text.startswith("before\n<!-- classifier:begin -->\n**digits**: 1,797 samples, 64")
+    assert text.startswith("before\n<!-- classifier:begin -->\n**100 classes**: 200 samples, 5 ")
     assert text.endswith("|\n<!-- classifier:end -->\nafter\n")
     results = json.loads(figures.read_text())
-    assert list(results) == ["digits", "100 classes"]
+    assert list(results) == list(tiny)
     for result in results.values():
         assert len(result["fits"]) == 4
         for fit in result["fits"]:

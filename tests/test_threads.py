@@ -7,12 +7,14 @@ import shutil
 import sys
 import threading
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import calls
 import numpy as np
 import pytest
-from conftest import need
+from support import calls
+from support.backends import need
 
 import fastloss as fl
 from fastloss import _cython, _reference, _threads
@@ -41,7 +43,8 @@ def test_eight_threads_mix_everything(python, layer, module):
     except ImportError:
         pytest.skip(f"this Numba has no {layer} layer")
     code = """
-import calls, numba
+import numba
+from support import calls
 print(calls.wrong_of_many_threads(seconds=2), numba.threading_layer())
 """
     assert python(code, NUMBA_THREADING_LAYER=layer) == f"[] {layer}"
@@ -145,19 +148,22 @@ def test_two_threads_compute_at_once(long_call):
 @pytest.mark.parametrize("backend", calls.COMPILED)
 def test_memory_is_flat(python, backend):
     """Over 100,000 calls, of which three in five fail: less than 16 bytes from each of them."""
-    growth = python(f"import calls; print(calls.growth_of_memory({backend!r}))")
+    growth = python(f"from support import calls; print(calls.growth_of_memory({backend!r}))")
     assert int(growth) < 1 << 20
 
 
 @linux
 @pytest.mark.parametrize("backend", calls.COMPILED)
 def test_no_threads_are_left_behind(python, backend):
-    assert python(f"import calls; print(calls.threads_left_behind({backend!r}))") == "0"
+    assert (
+        python(f"from support import calls; print(calls.threads_left_behind({backend!r}))") == "0"
+    )
 
 
 def test_numba_keeps_its_own_thread_count(python):
     code = """
-import calls, numba
+import numba
+from support import calls
 numba.set_num_threads(1)
 calls.digest("numba", 2)
 print(numba.get_num_threads())
@@ -169,7 +175,7 @@ print(numba.get_num_threads())
 def test_openmp_keeps_its_own_thread_count(python):
     """Numba's OpenMP layer sets it when it starts; so would a kernel that knows no better."""
     code = """
-import calls
+from support import calls
 from fastloss import _cython
 calls.digest("cython", 3)
 calls.digest("numba", 2)
@@ -177,6 +183,24 @@ print(_cython.openmp_max_threads())
 """
     environment = {"NUMBA_THREADING_LAYER": "omp", "NUMBA_NUM_THREADS": "2"}
     assert python(code, OMP_NUM_THREADS="5", **environment) == "5"
+
+
+@pytest.mark.parametrize(
+    ("first", "threads"), [("torch", 1), ("torch", 3), ("fastloss._cython", 3)]
+)
+def test_pytorch_keeps_its_own_thread_count(python, first, threads):
+    """Imported first it brings an OpenMP of its own, beside the system's; last, it has that one."""
+    need("torch")
+    code = f"""
+import {first}
+import torch
+from support import calls
+torch.set_num_threads({threads})
+calls.bits("softmax", "numba", 2)
+print(torch.get_num_threads())
+"""
+    environment = {"NUMBA_THREADING_LAYER": "omp", "NUMBA_NUM_THREADS": "4"}
+    assert python(code, **environment) == str(threads)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -191,6 +215,11 @@ def test_set_num_threads():
     assert fl.get_num_threads() == 5
     fl.set_num_threads(np.int64(1))
     assert fl.get_num_threads() == 1
+    fl.set_num_threads(65536)  # the most
+    assert fl.get_num_threads() == 65536
+    with pytest.raises(ValueError, match="num_threads = 65537 is out of range"):
+        fl.set_num_threads(65537)
+    assert fl.get_num_threads() == 65536
     fl.set_num_threads(None)
     assert fl.get_num_threads() == usable
 
@@ -205,6 +234,37 @@ def test_num_threads_reach_the_kernel(monkeypatch):
     fl.softmax(calls.X, backend="numpy", num_threads=70)
     fl.softmax(calls.X[:10], backend="numpy", num_threads=7)  # too little work for two
     assert seen == [3, 7, 9, 1]
+
+
+def test_more_threads_than_there_are_are_tried_first(monkeypatch):
+    """Anew when the team has shrunk meanwhile, and when it was refused; others change nothing."""
+    tried, granted = [], True
+    monkeypatch.setattr(_threads, "_teams", threading.local())
+    monkeypatch.setattr(_threads, "can_start", lambda count: tried.append(count) or granted)
+    one, other = (
+        types.SimpleNamespace(__name__=name, most_threads=lambda: 100) for name in ("one", "other")
+    )
+
+    def used(num_threads, kernels=one):
+        tried.clear()
+        return _threads.threads_for(num_threads, kernels=kernels), *tried
+
+    assert used(1) == (1,)
+    assert used(8) == (8, 7)
+    assert used(8) == (8,)  # they are there
+    assert used(8, other) == (8, 7)  # of another backend
+    assert used(2) == (2,)
+    assert used(3) == (3, 2)  # OpenMP has sent the others away
+    assert used(8) == (8, 7)
+    granted = False
+    assert used(9) == (1, 8)
+    assert used(9) == (1, 8)
+    assert used(8) == (8,)
+    granted = True
+    assert used(9) == (9, 8)
+    assert used(9) == (9,)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(used, 9).result() == (9, 8)  # each thread has a team of its own
 
 
 @pytest.mark.parametrize(
@@ -222,7 +282,7 @@ def test_num_threads_reach_the_kernel(monkeypatch):
 @linux
 def test_as_many_threads_as_show_config_says(python, backend, environment, threads):
     """Counted as the system sees them. Numba has no more than it started with."""
-    code = f"import calls; print(*calls.threads_of_a_call({backend!r}))"
+    code = f"from support import calls; print(*calls.threads_of_a_call({backend!r}))"
     environment = {"NUMBA_NUM_THREADS": "4", "NUMBA_THREADING_LAYER": "omp", **environment}
     most = 4 if backend == "numba" else _cython.most_threads()
     assert python(code, **environment) == f"{min(threads, most)} {min(threads, most)}"
@@ -259,7 +319,7 @@ print(fl.get_num_threads())
 @pytest.mark.parametrize("backend", calls.COMPILED)
 def test_taskset(python, backend):
     cpu = str(min(os.sched_getaffinity(0)))
-    code = f"import calls; print(*calls.threads_of_a_call({backend!r}))"
+    code = f"from support import calls; print(*calls.threads_of_a_call({backend!r}))"
     assert python(code, command=["taskset", "-c", cpu]) == "1 1"
 
 
@@ -351,7 +411,7 @@ def test_a_real_control_group(control_group, python):
 import os
 with open({str(control_group / "cgroup.procs")!r}, "w") as file:
     file.write(str(os.getpid()))
-import calls
+from support import calls
 print(*calls.threads_of_a_call("cython"))
 """
     assert python(code) == "1 1"
@@ -377,7 +437,7 @@ def test_orders_of_import(python, other, first):
     Numba and PyTorch use the system's, or we use theirs; the wheels of scikit-learn have their own.
     """
     need(other.partition(".")[0])
-    imports = [f"import {other}", "import calls"]
+    imports = [f"import {other}", "from support import calls"]
     code = (
         "\n".join(imports if first else imports[::-1])
         + f"""

@@ -10,13 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import need
+from support.backends import need
 
 import fastloss as fl
 
 torch = need("torch")
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+from torch._functorch.aot_autograd import make_boxed_func  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
 import fastloss.torch as ft  # noqa: E402
-from fastloss.torch import _compute  # noqa: E402
+from fastloss.torch import _compute, _ops  # noqa: E402
+from fastloss.torch._compute import Options  # noqa: E402
 
 F = torch.nn.functional
 NAN, INF = math.nan, math.inf
@@ -117,6 +122,7 @@ def test_cross_entropy(compiled, generator, shape, dtype, kind):
     scores, target, num_classes = problem(generator, shape, dtype, kind)
     theirs = theirs_of(F.cross_entropy, dtype)
     weight = torch.rand(num_classes, generator=generator).add(0.1).to(dtype)
+    weight[::3] *= -1
     ignored = (-100, 0) if kind == "indices" and num_classes > 1 else (-100,)
     grid = itertools.product(REDUCTIONS, (None, weight), ignored, (0.0, 0.1, 1.0))
     arrangements = itertools.cycle(ARRANGEMENTS)  # five: each meets each option
@@ -142,6 +148,7 @@ def test_nll_loss(compiled, generator, shape, dtype):
     scores = F.log_softmax(scores, min(1, len(shape) - 1)).to(dtype)
     theirs = theirs_of(F.nll_loss, dtype)
     weight = torch.rand(num_classes, generator=generator).add(0.1).to(dtype)
+    weight[::3] *= -1
     for reduction, w, arrange in itertools.product(REDUCTIONS, (None, weight), ARRANGEMENTS):
         x = arrange(scores)
         options = {"weight": w, "reduction": reduction, "ignore_index": 2}
@@ -194,7 +201,8 @@ def test_linear_cross_entropy(compiled, generator, dtype, kind, reduction):
         tensors = [(*shape[: min(1, len(shape) - 1)], 4), (*shape[len(shape) > 1 :], 4)]
         tensors = [torch.randn(s, generator=generator).to(dtype) for s in tensors]
         tensors.append(tensors[1].select(-1, 0).clone())
-        for options in ({}, {"weight": torch.rand(5).to(dtype), "label_smoothing": 0.1}):
+        weight = torch.rand(5, generator=generator).sub(0.2).to(dtype)
+        for options in ({}, {"weight": weight, "label_smoothing": 0.1}):
             found = []
             for function in (ft.linear_cross_entropy, F.linear_cross_entropy):
                 x, w, b = leaves = [tensor.clone().requires_grad_() for tensor in tensors]
@@ -223,6 +231,78 @@ def test_our_own_options(compiled, generator):
     loss, our_grad = loss_and_grad(ft.nll_loss, scores, target, sample_weight=s, normalizer=2)
     assert loss.item() == np.float32(expected)
     np.testing.assert_array_equal(our_grad.numpy(), grad)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        3,
+        3.0,
+        torch.tensor(3),
+        torch.tensor(3.0).bfloat16(),
+        np.int32(3),
+        np.float32(3),
+        np.array(3),
+    ],
+    ids=repr,
+)
+def test_normalizers_of_every_kind(generator, normalizer):
+    """In the adapter and below it; the other numbers likewise."""
+    scores, target, _ = problem(generator, (4, 7), torch.float32, "indices")
+    weight = torch.randn((7, 7), generator=generator)
+    arrays = scores.numpy(), target.numpy()
+    for ours, theirs in [
+        (ft.cross_entropy(scores, target, normalizer=normalizer), fl.cross_entropy(*arrays)),
+        (ft.nll_loss(scores, target, normalizer=normalizer), fl.nll_loss(*arrays)),
+        (ft.CrossEntropyLoss(normalizer=normalizer)(scores, target), fl.cross_entropy(*arrays)),
+        (
+            ft.linear_cross_entropy(scores, weight, target, normalizer=normalizer),
+            fl.linear_cross_entropy(scores, weight, target),
+        ),
+        (fl.cross_entropy(*arrays, normalizer=normalizer), fl.cross_entropy(*arrays)),
+        (
+            fl.linear_cross_entropy(scores, weight, target, normalizer=normalizer),
+            fl.linear_cross_entropy(scores, weight, target),
+        ),
+    ]:
+        assert float(ours) == pytest.approx(theirs * 4 / 3, rel=1e-6)
+    for name in ("z_loss", "l2"):
+        for function in (ft.linear_cross_entropy, fl.linear_cross_entropy):
+            loss = function(scores, weight, target, **{name: normalizer})
+            assert float(loss) == float(function(scores, weight, target, **{name: 3.0}))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_sample_weights_of_either_sign_and_masks(compiled, generator, reduction):
+    scores, target, _ = problem(generator, (6, 7), torch.float32, "indices")
+    for s in (torch.tensor([1.0, -2, 0, 3, -0.5, 1]), torch.tensor([1, 0, 1, 1, 0, 1]).bool()):
+        loss, grad = loss_and_grad(
+            ft.cross_entropy, scores, target, sample_weight=s, reduction=reduction
+        )
+        leaf = scores.clone().requires_grad_()
+        expected = s * F.cross_entropy(leaf, target, reduction="none")
+        if reduction != "none":
+            expected = expected.sum() / (s.sum() if reduction == "mean" else 1)
+        expected.sum().backward()
+        assert_close(loss, expected.detach())
+        assert_close(grad, leaf.grad)
+
+
+def test_weights_that_cancel(compiled):
+    """A mean over nothing: NaN, and no gradient of any order; alone and as one of a batch."""
+    x, target, s = torch.randn(2, 3), torch.tensor([0, 1]), torch.tensor([1.0, -1.0])
+
+    def mean(x, s=s):
+        return ft.cross_entropy(x, target, sample_weight=s)
+
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(mean(leaf), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), leaf)
+    for found in (grad, second, torch.func.grad(mean)(x)):
+        assert not found.any()
+    batch = torch.stack([s, s.abs()])
+    losses = torch.func.vmap(mean, in_dims=(None, 0))(x, batch)
+    assert losses.isnan().tolist() == [True, False]
 
 
 def test_backend_by_keyword(generator):
@@ -344,10 +424,6 @@ DIFFERENCES = [
         with_options(weight=torch.tensor([1.0, 2.0], dtype=torch.float64)), 1.3133, RuntimeError,
     ),
     Difference(
-        "a negative weight", "no loss is meant by it",
-        with_options(weight=torch.tensor([-1.0, 2.0]), reduction="sum"), ValueError, -1.3133,
-    ),
-    Difference(
         "errors of shape", "one class for what is wrong with a value, ValueError",
         with_options(weight=torch.ones(3)), ValueError, RuntimeError,
     ),
@@ -410,7 +486,8 @@ def differentiable_calls():
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     x, probabilities = randn(ROWS, CLASSES), randn(ROWS, CLASSES).softmax(1)
-    w, s = randn(CLASSES).exp(), randn(ROWS).exp()
+    w = randn(CLASSES).exp() * torch.tensor([1, -1, 1, 1])
+    s = randn(ROWS).exp() * torch.tensor([1, 1, 1, 1, -1])
     target = torch.tensor([0, 3, -100, 1, 1])
     features, linear_weight, bias = randn(ROWS, 3), randn(CLASSES, 3), randn(CLASSES)
     for name in ("softmax", "log_softmax"):
@@ -453,8 +530,57 @@ def leaves_of(tensors):
 @every_call
 def test_first_and_second_derivatives(compiled, call, tensors):
     leaves = leaves_of(tensors)
-    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+    how = {"fast_mode": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(call, leaves, **how)
+    assert torch.autograd.gradgradcheck(call, leaves, **how)
+
+
+@every_call
+def test_gradient_that_is_differentiated_again(compiled, call, tensors):
+    """It is the one that is not, whatever the upstream gradient."""
+    leaves = leaves_of(tensors)
+    result = call(*leaves)
+    for upstream in (torch.ones_like(result), torch.linspace(-2.5, 3, result.numel()).double()):
+        u = upstream.reshape(result.shape)
+        expected = torch.autograd.grad(call(*leaves), leaves, u)
+        found = torch.autograd.grad(call(*leaves), leaves, u, create_graph=True)
+        assert all(grad.requires_grad for grad in found)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@every_call
+def test_batched_gradients(call, tensors):
+    """One for each upstream gradient of a batch, also to be differentiated again."""
+    leaves = leaves_of(tensors)
+    result = call(*leaves)
+    batch = torch.linspace(-2, 3, 3 * result.numel()).double().reshape(3, *result.shape)
+    for create_graph in (False, True):
+        how = {"retain_graph": True, "create_graph": create_graph}
+        found = torch.autograd.grad(result, leaves, batch, is_grads_batched=True, **how)
+        entries = [torch.autograd.grad(result, leaves, u, **how) for u in batch]
+        for grad, expected in zip(found, zip(*entries, strict=True), strict=True):
+            assert grad.requires_grad == create_graph
+            torch.testing.assert_close(grad, torch.stack(expected), rtol=1e-12, atol=1e-15)
+    jacobian = torch.autograd.functional.jacobian
+    found, expected = (jacobian(call, tensors, vectorize=v) for v in (True, False))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (3, 5, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_batched_gradients_of_modules(generator, shape, dtype, inplace):
+    scores, target, _ = problem(generator, shape, dtype, "indices")
+    for reduction in REDUCTIONS:
+        module = ft.CrossEntropyLoss(reduction=reduction, inplace=inplace)
+        leaf = scores.clone().requires_grad_()
+        loss = module(leaf * 1, target)
+        batch = torch.randn((3, *loss.shape), generator=generator).to(dtype)
+        (found,) = torch.autograd.grad(loss, leaf, batch, is_grads_batched=True)
+        for grad, u in zip(found, batch, strict=True):
+            assert_close(
+                grad, loss_and_grad(ft.cross_entropy, scores, target, u, reduction=reduction)[1]
+            )
 
 
 @every_call
@@ -482,6 +608,45 @@ def test_any_upstream_gradient(compiled, call, tensors):
             flat = upstream.flatten().tolist()
             expected = sum(u * unit[place] for u, unit in zip(flat, units, strict=True))
             torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12 * max(map(abs, flat)))
+
+
+def test_nan_in_a_row_that_does_not_count(compiled, generator):
+    """It shows in no derivative, first or second, by scores, probabilities or a linear layer."""
+    x = torch.randn((6, 5), generator=generator, dtype=torch.float64)
+    w = torch.randn((4, 5), generator=generator, dtype=torch.float64)
+    t, soft = torch.tensor([0, 1, -100, 3, 4, 0]), x.softmax(1)
+    options = {"z_loss": 0.1, "label_smoothing": 0.2}
+    weighted = {**options, "sample_weight": torch.tensor([1.0, 1, 0, 1, 1, 1])}
+    for call, others in [
+        (lambda x: ft.cross_entropy(x, t, **options), ()),
+        (lambda x: ft.nll_loss(x, t), ()),
+        (lambda x, soft: ft.cross_entropy(x, soft, **weighted), (soft,)),
+        (lambda x, w: ft.linear_cross_entropy(x, w, t.clamp(max=3)), (w,)),
+        (lambda x, w: ft.linear_cross_entropy(x, w, soft[:, :4], **weighted), (w,)),
+    ]:
+        found = []
+        for value in (0.0, NAN):
+            leaves = leaves_of([x, *others])
+            with torch.no_grad():
+                leaves[0][2] = value
+            once = torch.autograd.grad(call(*leaves), leaves, create_graph=True)
+            total = sum(grad.square().sum() for grad in once)
+            again = torch.autograd.grad(total, leaves, materialize_grads=True)
+            found.append([*once, *again])
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_nan_probabilities_of_a_row_that_does_not_count():
+    """They do not show in second derivatives."""
+    found = []
+    for value in (0.0, NAN):
+        x, soft = (torch.linspace(0, 1, 30).double().reshape(6, 5).requires_grad_() for _ in "xt")
+        with torch.no_grad():
+            soft[2] = value
+        loss = ft.cross_entropy(x, soft, sample_weight=torch.tensor([1.0, 1, 0, 1, 1, 1]))
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        found.append(torch.autograd.grad(grad, (x, soft), x.detach().exp()))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 @every_call
@@ -554,6 +719,68 @@ def test_only_the_gradients_that_are_needed(generator):
             ft.cross_entropy(scores, target, **{argument: w})
         with torch.no_grad():
             ft.cross_entropy(scores, target, **{argument: w})
+
+
+NEEDED = [needed for needed in itertools.product((False, True), repeat=3) if any(needed)]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_frozen_layers(compiled, monkeypatch, reduction):
+    """No gradient is computed that none asks for, and the others are the same to the bit."""
+    right, found = fl.linear_cross_entropy_with_grad, []
+
+    def watched(*arguments, **options):
+        loss, gradients = right(*arguments, **options)
+        found.append((gradients.inputs is not None, gradients.linear_weight is not None))
+        return loss, gradients
+
+    monkeypatch.setattr(fl, "linear_cross_entropy_with_grad", watched)
+    name = f"linear_cross_entropy {reduction}"
+    call, tensors = next(c[1:] for c in CALLS if c[0] == name)
+    rows = torch.linspace(-2, 3, ROWS).double() if reduction == "none" else torch.tensor(0.7)
+    products = 2 * ROWS * CLASSES * 3
+    for upstream in (rows, torch.ones_like(rows)):
+        every = torch.autograd.grad(call(*(leaves := leaves_of(tensors))), leaves, upstream)
+        for needed in NEEDED:
+            leaves = [t.clone().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            found.clear()
+            grads = torch.autograd.grad(call(*leaves), wanted, upstream)
+            assert set(found) == {needed[:2]}
+            expected = list(itertools.compress(every, needed))
+            assert all(map(torch.equal, grads, expected))
+            loss = call(*leaves)
+            with FlopCounterMode(display=False) as counter:
+                grads = torch.autograd.grad(loss, wanted, upstream, create_graph=True)
+            assert counter.get_total_flops() == products * (1 + sum(needed[:2]))
+            for grad, once in zip(grads, expected, strict=True):
+                torch.testing.assert_close(grad, once, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("needed", [(False, True), (True, False), (True, True)], ids=str)
+def test_frozen_layers_compiled(needed):
+    """The graphs have no product that none asks for."""
+    products = []
+
+    def count(graph, inputs):
+        every = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+        products.append(len(every))
+        return make_boxed_func(graph.forward)
+
+    generator = torch.Generator().manual_seed(0)
+    x, w = (
+        torch.randn(shape, generator=generator).requires_grad_(need)
+        for shape, need in zip([(6, 3), (5, 3)], needed, strict=True)
+    )
+    target = torch.arange(6) % 5
+    call = torch.compile(
+        lambda: ft.linear_cross_entropy(x, w, target, l2=0.1), fullgraph=True,
+        backend=aot_autograd(fw_compiler=count, bw_compiler=count),
+    )  # fmt: skip
+    call().backward()
+    assert products == [1, sum(needed)]
+    for leaf, needs_it in zip((x, w), needed, strict=True):
+        assert (leaf.grad is not None) == needs_it
 
 
 def test_scores_changed_after_the_call(generator):
@@ -652,8 +879,10 @@ def test_inplace_refuses_what_it_cannot_do(generator):
     soft = scores.softmax(1).requires_grad_()
     with pytest.raises(ValueError, match="target requires a gradient, which needs the scores"):
         ft.cross_entropy(leaf * 1, soft, inplace=True)
-    with pytest.raises(ValueError, match="elements may share memory"):
+    with pytest.raises(ValueError, match=r"^inplace=True: input of shape \(6, 5\) has strides"):
         ft.cross_entropy((leaf[:1] * 1).expand(6, 5), target, inplace=True)
+    with pytest.raises(ValueError, match="input is negated as it is read"):
+        ft.cross_entropy((torch.complex(leaf, leaf) * 1).conj().imag, target, inplace=True)
     with pytest.raises(RuntimeError, match="in eager code only"):
         torch.func.grad(lambda x: ft.cross_entropy(x * 1, target, inplace=True))(scores)
     saved = leaf.exp()  # which needs its result to go backward
@@ -663,6 +892,48 @@ def test_inplace_refuses_what_it_cannot_do(generator):
     before = scores.clone()
     ft.cross_entropy(scores, target, inplace=True)
     assert torch.equal(scores, before)
+
+
+CHANGES = {
+    "masked_fill_": lambda x, target: x.masked_fill_(x > 0, 0.0),
+    "clamp_": lambda x, target: x.clamp_(min=0.0),
+    "zero_": lambda x, target: x.zero_(),
+    "detached": lambda x, target: x.detach().zero_(),
+    "a part": lambda x, target: x[0].fill_(1.0),
+    "the whole": lambda x, target: x._base.zero_(),
+    "another loss": lambda x, target: ft.cross_entropy(x, target, inplace=True),
+    "a loss of a part": lambda x, target: ft.CrossEntropyLoss(inplace=True)(x[1:], target[1:]),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_gradient_in_place(generator, name, reduction):
+    """PyTorch's error, where it would be a wrong gradient."""
+    scores, target, _ = problem(generator, (6, 5), torch.float32, "indices")
+    x = (scores.requires_grad_() * 1)[:]
+    loss = ft.cross_entropy(x, target, reduction=reduction, inplace=True).sum()
+    CHANGES[name](x, target)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_with_saved_tensors_elsewhere(generator):
+    """As copies, or computed again: nothing that happens to the scores matters to them."""
+    scores, target, _ = problem(generator, (6, 5), torch.float32, "indices")
+    _, expected = loss_and_grad(ft.cross_entropy, scores, target)
+    leaf = scores.requires_grad_()
+    x = leaf * 1
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        loss = ft.cross_entropy(x, target, inplace=True)
+    x.detach().zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
+
+    def again(leaf):
+        return ft.cross_entropy(leaf * 1, target, inplace=True)
+
+    loss = torch.utils.checkpoint.checkpoint(again, leaf, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -720,11 +991,34 @@ def test_vmap_over_some_arguments(generator):
         torch.testing.assert_close(
             single(x[0], t[0]), ft.cross_entropy(x[0], t[0], reduction="none")
         )
+    n = torch.tensor([1.0, 2.0, 3.0])
+    for loss in (ft.cross_entropy, torch.func.grad(ft.cross_entropy)):
+        found = torch.vmap(lambda n: loss(x[0], t[0], normalizer=n))(n)  # noqa: B023
+        expected = torch.stack([loss(x[0], t[0], normalizer=float(value)) for value in n])
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(NotImplementedError, match="vmap over z_loss is not supported"):
+        torch.vmap(lambda z: ft.cross_entropy(x[0], t[0], z_loss=z))(n)
     with pytest.raises(NotImplementedError, match="vmap over weight"):
         torch.vmap(lambda w: ft.cross_entropy(x[0], t[0], w))(torch.ones(3, 5))
     torch.testing.assert_close(
         torch.vmap(lambda x: ft.softmax(x, 0))(x[0, 0]), torch.ones(5).double()
     )
+
+
+@pytest.mark.parametrize("function", [ft.cross_entropy, ft.nll_loss])
+def test_vmap_where_an_entry_has_no_row_that_counts(generator, function):
+    """Its gradient and its second derivatives are 0, as without vmap."""
+    x = torch.randn((3, 6, 5), generator=generator, dtype=torch.float64)
+    t = torch.randint(5, (3, 6), generator=generator)
+    t[1] = -100
+    func = torch.func
+    gradient = func.grad(lambda x, t: function(x, t, sample_weight=torch.arange(6.0)))
+    curvature = func.grad(lambda x, t: gradient(x, t).square().sum())
+    for differentiate in (gradient, curvature):
+        found = func.vmap(differentiate)(x, t)
+        expected = [differentiate(*entry) for entry in zip(x, t, strict=True)]
+        torch.testing.assert_close(found, torch.stack(expected))
+        assert not found[1].any()
 
 
 # PyTorch's first forward-mode derivative compiles something with its own old compiler.
@@ -736,6 +1030,9 @@ def test_forward_mode_is_refused(call, tensors):
     for differentiate in (
         lambda: torch.func.jvp(call, tensors, tangents),
         lambda: torch.func.hessian(lambda *ts: call(*ts).sum())(*tensors),
+        lambda: torch.autograd.functional.jacobian(
+            call, tensors, vectorize=True, strategy="forward-mode"
+        ),
     ):
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             differentiate()
@@ -792,7 +1089,8 @@ def test_operators_are_registered_right(call, tensors):
 def test_opcheck(compiled, generator):
     x = torch.randn((6, 5), generator=generator, requires_grad=True)
     t = torch.randint(5, (6,), generator=generator)
-    rest = ("cross_entropy", -100, 0.1, 0.0, "mean", None, compiled)
+    options = Options(0.1, 0.0, 3.0, "cross_entropy", -100, "mean", compiled)
+    rest = _ops.in_graph(options)
     for name, arguments in [
         ("loss", (x, t, None, None, *rest)),
         ("loss_backward", (torch.ones(()), x, t, None, None, *rest)),
@@ -975,6 +1273,23 @@ X, T = torch.zeros(3, 4), torch.tensor([0, 1, 2])
         (lambda: ft.cross_entropy(X, T, reduction="avg"), ValueError, "reduction = 'avg' is not"),
         (lambda: ft.cross_entropy(X, X, ignore_index=2), ValueError, "ignore_index = 2 is for cla"),
         (lambda: ft.cross_entropy(X, T, z_loss=-1), ValueError, "z_loss = -1.0 is not a finite"),
+        (
+            lambda: ft.cross_entropy(X, T, normalizer=torch.tensor(0)),
+            ValueError, "normalizer = 0.0 is not a finite",
+        ),
+        (
+            lambda: ft.cross_entropy(X, T, normalizer=torch.ones(2)),
+            TypeError, r"normalizer = tensor\(\[1., 1.\]\) is not a real number",
+        ),
+        (lambda: ft.cross_entropy(X, T, normalizer="3"), TypeError, "normalizer = '3' is not"),
+        (
+            lambda: ft.cross_entropy(X, T, normalizer=torch.ones((), requires_grad=True)),
+            ValueError, "normalizer requires a gradient, and there is none for it; detach it",
+        ),
+        (
+            lambda: fl.cross_entropy(X, T, normalizer=torch.tensor(3j)),
+            TypeError, r"normalizer = tensor\(0.\+3.j\) is not a real number",
+        ),
         (lambda: ft.cross_entropy(X[:, :0], T), ValueError, "no classes along axis 1"),
         (lambda: ft.nll_loss(X, X), TypeError, "target has dtype float32; expected integers"),
         (lambda: ft.softmax(X), ValueError, "dim is not given, and softmax does not guess it"),
@@ -1033,6 +1348,42 @@ def test_fallback():
     assert torch.equal(
         ft.softmax(sparse.to_dense(), 1, fallback=True), ft.softmax(X, 1)
     )  # what the kernels take does not fall back
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ["strided", "jagged", "DTensor"])
+def test_nested_and_distributed_tensors(group, kind):
+    """An error that says what they are, from every function; with fallback PyTorch's own result."""
+    if kind == "DTensor":
+        from torch.distributed.tensor import DeviceMesh, distribute_tensor
+
+        x, t = (distribute_tensor(part, DeviceMesh("cpu", [0])) for part in (X, T))
+        message = "is a DTensor; the kernels take plain ones"
+    else:
+        layout = getattr(torch, kind)
+        x, t = (torch.nested.nested_tensor([part, part[:2]], layout=layout) for part in (X, T))
+        message = "is a nested tensor; the kernels take dense ones"
+    calls = {
+        "softmax": lambda module, **how: module.softmax(x, -1, **how),
+        "log_softmax": lambda module, **how: module.log_softmax(x, -1, **how),
+        "cross_entropy": lambda module, **how: module.cross_entropy(x, t, **how),
+        "nll_loss": lambda module, **how: module.nll_loss(x, t, **how),
+        "linear": lambda module, **how: module.linear_cross_entropy(x, x, t, **how),
+    }
+    others = [
+        ("target", lambda: ft.cross_entropy(X, t)),
+        ("input", lambda: ft.CrossEntropyLoss()(x, t)),
+        ("logits_shard", lambda: ft.vocab_parallel_cross_entropy(x, t, 0)),
+    ]
+    for name, call in [*(("input", lambda c=c: c(ft)) for c in calls.values()), *others]:
+        with pytest.raises(TypeError, match=f"^{name} {message}"):
+            call()
+    theirs = {"strided": ["softmax"], "jagged": ["softmax", "log_softmax"], "DTensor": calls}
+    for name in theirs[kind]:
+        found, expected = calls[name](ft, fallback=True), calls[name](F)
+        assert type(found) is type(expected)
+        parts = zip(*((r.unbind() if r.is_nested else [r]) for r in (found, expected)), strict=True)
+        assert all((part == their_part).all() for part, their_part in parts)
 
 
 def test_subclasses_and_modes():

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import need
+from support.backends import need
 
 torch = need("torch")
 ft = pytest.importorskip("fastloss.torch", exc_type=ImportError)
 if not torch.distributed.is_available():
     pytest.skip("this PyTorch has no torch.distributed", allow_module_level=True)
 
-import ranks  # noqa: E402
+from support import ranks  # noqa: E402
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -61,7 +61,7 @@ def processes(*commands, **options):
 def run(scenario, size, directory, killed=()):
     """What each rank left; a rank that was to be killed left nothing."""
     commands = [
-        [sys.executable, HERE / "ranks.py", scenario, directory, str(rank), str(size)]
+        [sys.executable, HERE / "support" / "ranks.py", scenario, directory, str(rank), str(size)]
         for rank in range(size)
     ]
     with processes(*commands) as started:
@@ -131,6 +131,29 @@ def test_confident_rows_keep_their_digits(agreement):
         results = [result["confident", "plain"] for result in agreement[size]]
         assert results[0][0][0].item() == pytest.approx(4.122307e-9, rel=1e-6)
         assert results[0][1][0, 0].item() == pytest.approx(-4.122307e-9, rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_batched_gradients(group, reduction):
+    scores, target, _, _ = ranks.case("ignored by default", torch.float64)
+    scores.requires_grad_()
+    options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.2}
+    loss = ft.vocab_parallel_cross_entropy(scores, target, 0, **options)
+    batch = torch.linspace(-2, 3, 3 * loss.numel()).double().reshape(3, *loss.shape)
+    (found,) = torch.autograd.grad(loss, scores, batch, is_grads_batched=True, retain_graph=True)
+    entries = [torch.autograd.grad(loss, scores, u, retain_graph=True)[0] for u in batch]
+    assert_equal(found, torch.stack(entries), 1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types(group, dtype):
+    """Under autocast the loss is a float32; and of negative scores, too, the largest one counts."""
+    scores, target = torch.tensor([[-1.0, -60000, -3], [5, 4, 2]]).to(dtype), torch.tensor([2, 0])
+    for enabled, loss_dtype in ((False, dtype), (True, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = ft.vocab_parallel_cross_entropy(scores, target, 0, reduction="none")
+            assert loss.dtype is loss_dtype
+            assert_equal(loss, unsharded(scores, target, reduction="none"), TOLERANCE[loss_dtype])
 
 
 REFUSALS = {  # what rank 0 says, and rank 1 where that is another thing

@@ -1,19 +1,13 @@
-"""No error has grown: bench/accuracy.py measures again, and is held against its own table."""
+"""No error has grown: tests/accuracy.py measures again, and is held against its own table."""
 
 import json
-import sys
-from pathlib import Path
 
-import conftest
+import accuracy
 import pytest
+from support import backends
 
 from fastloss import _cython
-
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "bench"))
-
-import accuracy  # noqa: E402
-import report  # noqa: E402
+from fastloss._tools.report import insert
 
 SHARE = 6  # of the rows that made the table, each sixth part; so no figure can be larger by chance
 MORE = 0.5  # ulp, by which a figure may exceed the one in the table
@@ -43,13 +37,13 @@ def test_the_table_has_all_that_is_measured_and_no_more():
             assert set(families) == set(accuracy.FAMILIES)
             for builds in families.values():
                 missing_here = {f"cython-{isa}" for isa in _cython._BUILDS}
-                assert set(conftest.BACKENDS) <= set(builds)
-                assert set(builds) <= set(conftest.BACKENDS) | missing_here
+                assert set(backends.BACKENDS) <= set(builds)
+                assert set(builds) <= set(backends.BACKENDS) | missing_here
 
 
 def test_what_is_measured_is_what_there_is():
     """Every public operation, and the builds that the other tests run on."""
-    assert set(accuracy.builds()) == set(conftest.BACKENDS)
+    assert set(accuracy.builds()) == set(backends.BACKENDS)
     measured = {operation.case.function for operation in accuracy.OPERATIONS.values()}
     assert measured >= {case.function for case in accuracy.cases.CASES if not_a_part(case)}
 
@@ -61,4 +55,4 @@ def not_a_part(case):
 
 def test_the_readme_shows_the_table():
     text = accuracy.README.read_text()
-    assert report.insert(text, accuracy.section(TABLE), accuracy.BEGIN, accuracy.END) == text
+    assert insert(text, accuracy.section(TABLE), accuracy.BEGIN, accuracy.END) == text

@@ -18,9 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
 import numpy as np
-from cases import CASES, FLOATS, HALVES, INTEGERS, LAYOUTS, SOME_LAYOUTS, Layout
+from support import cases
+from support.cases import CASES, FLOATS, HALVES, INTEGERS, LAYOUTS, SOME_LAYOUTS, Layout
 
 import fastloss as fl
 from fastloss import _cython

@@ -79,7 +79,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from fastloss import _check as check
+    from fastloss._tools import check
 
     backends, missing = check.backends()
     for reason in missing.values():
@@ -99,55 +99,55 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from fastloss import _bench as bench
-    from fastloss import _report
+    from fastloss._tools import measure, report
 
-    console = bench.need("rich.console").Console()
+    console = measure.need("rich.console").Console()
     if options.plot:
-        bench.need("matplotlib")
+        measure.need("matplotlib")
     if options.num_threads < 1:
         raise argparse.ArgumentTypeError("--num-threads is at least 1")
-    backends = _chosen("--backend", options.backend or fl.available_backends(), bench.CHOICES)
+    backends = _chosen("--backend", options.backend or fl.available_backends(), measure.CHOICES)
     for name in backends:
         fl._backend.resolve(name)
-    report = _measure(options, backends, _peer_names(options), _cases(options))
+    results = _measure(options, backends, _peer_names(options), _cases(options))
 
     if not console.is_terminal:
         console.width = 140
-    console.print(_report.table(report))
-    console.print(*(f"cliff: {step}" for step in _report.cliffs(report)), sep="\n")
+    console.print(report.table(results))
+    console.print(*(f"cliff: {step}" for step in report.cliffs(results)), sep="\n")
     if options.plot:
-        _report.plot(report, options.plot)
+        report.plot(results, options.plot)
     return 0
 
 
 def _measure(
     options: argparse.Namespace, backends: list[str], names: list[str], cases: list[Any]
 ) -> dict[str, Any]:
-    from fastloss import _bench as bench
-    from fastloss import _peers as peers
+    from fastloss._tools import measure, peers
 
-    stderr = bench.need("rich.console").Console(stderr=True)
-    progress = bench.need("rich.progress").Progress(console=stderr)
+    stderr = measure.need("rich.console").Console(stderr=True)
+    progress = measure.need("rich.progress").Progress(console=stderr)
     for path in (options.json, options.plot):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-    effort = bench.QUICK if options.quick else bench.FULL
-    report = {**bench.environment(options.num_threads, peers.packages(names)), "results": []}
+    effort = measure.QUICK if options.quick else measure.FULL
+    results = {**measure.environment(options.num_threads, peers.packages(names)), "results": []}
     with peers.Workers(names, options.num_threads) as workers, progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case))
-            result = bench.measure(case, backends, workers.contenders, options.num_threads, effort)
-            report["results"].append(result)
+            result = measure.measure(
+                case, backends, workers.contenders, options.num_threads, effort
+            )
+            results["results"].append(result)
             if options.json:  # after each case: an interrupted run leaves what it has
-                options.json.write_text(json.dumps(report, indent=1) + "\n")
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
             progress.advance(task)
-    return report
+    return results
 
 
 def _peer_names(options: argparse.Namespace) -> list[str]:
-    from fastloss import _peers as peers
+    from fastloss._tools import peers
 
     names = _chosen("--peers", options.peers or peers.installed(), ("none", *peers.PEERS))
     names = [name for name in names if name != "none"]
@@ -156,21 +156,21 @@ def _peer_names(options: argparse.Namespace) -> list[str]:
 
 
 def _cases(options: argparse.Namespace) -> list[Any]:
-    from fastloss import _bench as bench
+    from fastloss._tools import measure
 
-    operations = options.operation or list(bench.DEFAULT_OPERATIONS)
+    operations = options.operation or list(measure.DEFAULT_OPERATIONS)
     if operations == ["all"]:
-        operations = list(bench.OPERATIONS)
-    _chosen("--operation", operations, bench.OPERATIONS)
-    for dtype in _chosen("--dtype", options.dtype, bench.DTYPES):
-        bench.as_dtype(dtype)
+        operations = list(measure.OPERATIONS)
+    _chosen("--operation", operations, measure.OPERATIONS)
+    for dtype in _chosen("--dtype", options.dtype, measure.DTYPES):
+        measure.as_dtype(dtype)
     try:
-        shapes = options.shapes or (bench.QUICK_SHAPES if options.quick else bench.SHAPES)
-        shapes = [bench.parse_shape(text) for text in shapes]
+        shapes = options.shapes or (measure.QUICK_SHAPES if options.quick else measure.SHAPES)
+        shapes = [measure.parse_shape(text) for text in shapes]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"--shapes {error}") from None
     cases = [
-        bench.Case(operation, shape, axis, dtype)
+        measure.Case(operation, shape, axis, dtype)
         for dtype in options.dtype
         for operation in operations
         for shape, axis in shapes
@@ -180,8 +180,8 @@ def _cases(options: argparse.Namespace) -> list[Any]:
         operation = main if main in operations else operations[0]
         elements = 1 << (14 if options.quick else 25)
         cases += [
-            bench.Case(operation, shape, 1, options.dtype[0], series)
-            for shape, series in bench.sweep(elements)
+            measure.Case(operation, shape, 1, options.dtype[0], series)
+            for shape, series in measure.sweep(elements)
         ]
     return cases
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -42,11 +42,8 @@ class Logits(NamedTuple):
     @property
     def rows(self) -> "Rows":
         shape = self.array.shape[: self.axis] + self.array.shape[self.axis + 1 :]
-        order = self.order
-        if order is not None:
-            order = tuple(a - (a > self.axis) for a in order if a != self.axis)
         outer, _, inner = self.normal.shape
-        return Rows(shape, (outer, inner), order)
+        return Rows(shape, (outer, inner), rows_order(self.order, self.axis))
 
     def normalize(self, array: np.ndarray) -> np.ndarray:
         """Another array of the same shape in the same normal form, copied if it must be."""
@@ -103,7 +100,7 @@ def logits(value: ArrayLike, axis: Any, name: str = "logits") -> Logits:
     order = None
     position = class_axis
     if not array.flags.c_contiguous:
-        order = _memory_order(array)
+        order = memory_order(array.shape, array.strides, array.itemsize)
     if order is not None:
         shape = tuple(shape[a] for a in order)
         position = order.index(class_axis)
@@ -112,11 +109,24 @@ def logits(value: ArrayLike, axis: Any, name: str = "logits") -> Logits:
     return Logits(array, normal, class_axis, order)
 
 
-def _memory_order(array: np.ndarray) -> tuple[int, ...] | None:
-    """The order of axes in which `array` is C-contiguous, or None if there is none."""
-    # Axes of length 1 may have any stride: they go first, where they cannot be in the way.
-    order = sorted(range(array.ndim), key=lambda a: (array.shape[a] != 1, -array.strides[a]))
-    return tuple(order) if array.transpose(order).flags.c_contiguous else None
+def memory_order(
+    shape: Sequence[int], strides: Sequence[int], itemsize: int = 1
+) -> tuple[int, ...] | None:
+    """The order of axes in which an array is C-contiguous, or None if there is none.
+
+    Results lie in memory in the same order, or where there is none as the user sees them.
+    """
+    order = sorted(range(len(shape)), key=lambda a: -strides[a])
+    for a in reversed(order):
+        if shape[a] != 1 and strides[a] != itemsize:
+            return None
+        itemsize *= shape[a]
+    return tuple(order)
+
+
+def rows_order(order: tuple[int, ...] | None, axis: int) -> tuple[int, ...] | None:
+    """That of what has one entry per row."""
+    return order and tuple(a - (a > axis) for a in order if a != axis)
 
 
 def like_logits(value: ArrayLike, like: Logits, name: str, like_name: str) -> np.ndarray:
@@ -134,15 +144,21 @@ def like_logits(value: ArrayLike, like: Logits, name: str, like_name: str) -> np
 
 
 def float_array(value: ArrayLike, name: str) -> np.ndarray:
-    """A plain, aligned, native array of one of the four float types."""
+    """A plain, aligned, native array of one of the four float types; integers are float64."""
     array = _plain_array(value, name)
-    if array is not value and array.dtype.kind in "iu" and not hasattr(value, "dtype"):
-        return array.astype(_FLOAT64)  # Python numbers: [5, 4, 2] means [5.0, 4.0, 2.0]
     dtype = array.dtype
     # The two common types first: a dtype's name takes a microsecond to make up.
     if dtype is not _FLOAT32 and dtype is not _FLOAT64 and dtype.name not in _FLOAT_NAMES:
-        raise TypeError(f"{name} has dtype {dtype}; expected one of {', '.join(_FLOAT_NAMES)}")
+        if dtype.kind in "iu":
+            return array.astype(_FLOAT64)
+        # Truth values are masks, passed by mistake: SciPy has no softmax of them either.
+        raise _wrong_dtype(value, array, name, f"integers or {', '.join(_FLOAT_NAMES)}")
     return _behaved(array)
+
+
+def _wrong_dtype(value: Any, array: np.ndarray, name: str, expected: str) -> TypeError:
+    hint = "; a data frame has .to_numpy(dtype=...)" if hasattr(value, "to_numpy") else ""
+    return TypeError(f"{name} has dtype {array.dtype}; expected {expected}{hint}")
 
 
 def _plain_array(value: ArrayLike, name: str) -> np.ndarray:
@@ -224,10 +240,8 @@ def _target(value: ArrayLike, x: Logits, rows: Rows, probabilities: bool) -> np.
     if array.size == 0 and array.shape == rows.shape and not hasattr(value, "dtype"):
         return np.empty(rows.normal_shape, np.int64)  # [] has no dtype to speak of
     if kind != "f" and array.dtype.name != "bfloat16":
-        raise TypeError(
-            f"target has dtype {array.dtype}; "
-            f"expected integers{' or probabilities' * probabilities}"
-        )
+        expected = "integers" + " or probabilities" * probabilities
+        raise _wrong_dtype(value, array, "target", expected)
     if not probabilities:
         raise TypeError(f"target has dtype {array.dtype}; expected integers, the class indices")
     if array.shape != x.array.shape:
@@ -260,24 +274,22 @@ def _sample_weight(value: ArrayLike | None, rows: Rows) -> np.ndarray | None:
 
 def _weights(value: ArrayLike, shape: tuple[int, ...], name: str, reason: str) -> np.ndarray:
     array = _plain_array(value, name)
-    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers")
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise _wrong_dtype(value, array, name, "real numbers")
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape} {reason}")
     array = _behaved(array).astype(_FLOAT64, copy=False)
-    good = np.isfinite(array) & (array >= 0)
-    if not good.all():
-        place = np.argwhere(~good)[0]
+    finite = np.isfinite(array)
+    if not finite.all():
+        place = np.argwhere(~finite)[0]
         subscript = f"[{', '.join(map(str, place))}]" if shape else ""
-        raise ValueError(
-            f"{name}{subscript} = {array[tuple(place)]} is not a finite number of at least 0"
-        )
+        raise ValueError(f"{name}{subscript} = {array[tuple(place)]} is not a finite number")
     return array
 
 
 def options(ignore_index: Any, label_smoothing: Any = 0.0, z_loss: Any = 0.0) -> Options:
     """Check what a loss takes beside its arrays."""
-    smoothing = _real(label_smoothing, "label_smoothing")
+    smoothing = real(label_smoothing, "label_smoothing")
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label_smoothing = {smoothing} is out of range; it must be from 0 to 1")
     return Options(_ignore_index(ignore_index), smoothing, _not_negative(z_loss, "z_loss"))
@@ -313,7 +325,7 @@ def reduction(value: Any, normalizer: Any) -> Reduction:
         return Reduction(value, None)
     if value != "mean":
         raise ValueError(f"normalizer replaces the divisor of the mean; reduction = {value!r}")
-    number = _real(normalizer, "normalizer")
+    number = real(normalizer, "normalizer")
     if not 0.0 < number < math.inf:
         raise ValueError(f"normalizer = {number} is not a finite number above 0")
     return Reduction(value, number)
@@ -345,26 +357,37 @@ def flag(value: Any, name: str) -> bool:
 
 
 def _not_negative(value: Any, name: str) -> float:
-    number = _real(value, name)
+    number = real(value, name)
     if not 0.0 <= number < math.inf:
         raise ValueError(f"{name} = {number} is not a finite number of at least 0")
     return number
 
 
-def _real(value: Any, name: str) -> float:
+def real(value: Any, name: str) -> float:
     if type(value) is float:
         return value
     # float() would read text, too, and drop imaginary parts, units of time and masks.
-    number = hasattr(value, "__float__") or hasattr(value, "__index__")
-    kind = getattr(getattr(value, "dtype", _FLOAT64), "kind", "")
-    if number and kind in _REAL_KINDS and not isinstance(value, np.ma.MaskedArray):
+    number = _item(value)
+    kind = getattr(getattr(number, "dtype", _FLOAT64), "kind", "")
+    is_number = hasattr(number, "__float__") or hasattr(number, "__index__")
+    if is_number and kind in _REAL_KINDS and not isinstance(number, np.ma.MaskedArray):
         try:
-            return float(value)
+            return float(number)
         except OverflowError:  # a very large integer: whoever asks refuses what is not finite
-            return math.inf if value > 0 else -math.inf
+            return math.inf if number > 0 else -math.inf
         except (TypeError, ValueError):
             pass
     raise TypeError(f"{name} = {value!r} is not a real number")
+
+
+def _item(value: Any) -> Any:
+    """The number in a tensor of some library, whose dtypes are not NumPy's; else the value."""
+    if hasattr(getattr(value, "dtype", _FLOAT64), "kind"):
+        return value
+    try:
+        return value.item()
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # none, or more than one
+        return value
 
 
 class Output(NamedTuple):
@@ -421,7 +444,7 @@ def output(
     flags = out.flags
     if not flags.writeable:
         raise ValueError(f"{name} is read-only")
-    if not flags.c_contiguous and _may_overlap_itself(out):
+    if not flags.c_contiguous and may_overlap_itself(out):
         raise ValueError(
             f"{name} of shape {shape} has strides {out.strides}, by which elements may share memory"
         )
@@ -436,7 +459,7 @@ def output(
     return Output(out, np.empty(normal_shape, dtype), True, order)
 
 
-def _may_overlap_itself(array: np.ndarray) -> bool:
+def may_overlap_itself(array: np.ndarray) -> bool:
     """Whether some element may begin before another one ends."""
     reach = array.itemsize
     for stride, n in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
@@ -530,7 +553,7 @@ def _csr(value: Any) -> Any:
             _check_entries(rows)
     except ValueError as error:
         raise ValueError(f"inputs is not a valid sparse matrix: {error}") from None
-    return rows
+    return rows.astype(_FLOAT64) if rows.dtype.kind in "iu" else rows
 
 
 def _check_entries(matrix: Any) -> None:
@@ -563,6 +586,7 @@ def _scores(shape: tuple[int, ...], num_classes: int, dtype: np.dtype) -> Logits
 def linear_outputs(
     out: Any,
     layer: Linear,
+    weight_grad: bool,
     inputs_grad: bool,
     accumulate: bool,
     inputs: tuple[np.ndarray | None, ...],
@@ -581,7 +605,7 @@ def linear_outputs(
     read = (*inputs, layer.weight, layer.bias, *entries)
     shape = layer.weight.shape
     parts = (
-        ("out.linear_weight", shape, shape, None),
+        ("out.linear_weight", shape, shape, not weight_grad and "linear_weight_grad = False"),
         ("out.linear_bias", shape[:1], shape[:1], layer.bias is None and "there is no linear_bias"),
         (
             "out.inputs",

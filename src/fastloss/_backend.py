@@ -58,8 +58,11 @@ def _load(name: str, argument: str) -> Kernels:
         _ready.add(name)
         return module
     except ImportError as error:
+        reason = f"{_INSTALL[name]} ({error})"
+        if error.name == _MODULES[name]:  # it is all there, but refuses
+            reason = str(error)
         raise ImportError(
-            f"backend {name!r} is not available: {_INSTALL[name]} ({error})", name=error.name
+            f"backend {name!r} is not available: {reason}", name=error.name
         ) from error
 
 

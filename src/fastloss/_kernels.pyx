@@ -371,7 +371,7 @@ cdef struct Job:
     int64_t ignore_index
     const double* weight
     const void* relative_weight  # weight / largest_weight, in the compute type
-    double largest_weight  # 1 without weights
+    double largest_weight  # in magnitude; 1 without weights
     double weight_sum
     const double* sample_weight
     double smoothing, z_loss, scale
@@ -751,6 +751,13 @@ cdef inline Py_ssize_t find(const real* x, Py_ssize_t n, real value) noexcept no
     return n
 
 
+cdef inline bint holds_nan(const real* x, Py_ssize_t step, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j, count = 0
+    for j in range(n):
+        count += x[j * step] != x[j * step]
+    return count > 0
+
+
 cdef inline double exp_block(
     const real* x, Py_ssize_t n, Py_ssize_t skip, real pivot, real magic, real* e,
     const char* later, Py_ssize_t step,
@@ -1056,7 +1063,7 @@ cdef void read_targets(
     const Job* job, Py_ssize_t first, Py_ssize_t n, int64_t* y, Rows* r
 ) noexcept nogil:
     """Targets, and the weights of their rows: 0 where a row counts for nothing."""
-    cdef bint smooth = job.smoothing * job.weight_sum != 0.0 or job.z_loss != 0.0
+    cdef bint smooth = job.z_loss != 0.0 or (job.smoothing != 0.0 and job.largest_weight != 0.0)
     cdef double kept = 1.0 - job.smoothing
     cdef Py_ssize_t i
     cdef bint used
@@ -1165,6 +1172,16 @@ cdef inline Py_ssize_t find_in_row(
         if i < n:
             return c + i
     return 0
+
+
+cdef inline bint row_holds_nan(const Job* job, const char* x, real* buffer) noexcept nogil:
+    cdef Py_ssize_t b, c, n
+    for b in range(blocks_in(job.num_classes)):
+        c = b * BLOCK
+        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+        if holds_nan(load_block(job.storage, x, c, n, buffer), 1, n):
+            return True
+    return False
 
 
 cdef inline double exp_row(
@@ -1304,6 +1321,11 @@ cdef void log_softmax_rows(
         r.loss[i] = log1p_of(r.others[i] / r.top[i])
     result = kept
     if operation == LOGSUMEXP:
+        for i in range(n):
+            x = row_of(job, job.logits, job.storage, first + i)
+            # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
+            if not is_finite(r.maximum[i]) and not row_holds_nan(job, x, scratch):
+                r.loss[i] = 0.0
         for i in range(n):
             result[i] = <real>(r.maximum[i] + r.loss[i])
         store(job, first, n, result)
@@ -1718,7 +1740,7 @@ cdef inline void narrow_factors(const Job* job, real* tile, const Rows* r, real*
 
 
 cdef inline real weight_of(const Job* job, Py_ssize_t c, real unused) noexcept nogil:
-    """The weight of a class, relative to the largest."""
+    """The weight of a class, relative to the largest in magnitude."""
     return <real>1.0 if job.weight == NULL else (<const real*>job.relative_weight)[c]
 
 
@@ -1788,6 +1810,9 @@ cdef void softmax_tile(
         r.loss[j] = log1p_of(r.others[j] / r.top[j])
     if operation == LOGSUMEXP:
         for j in range(LANES):
+            if not is_finite(r.maximum[j]) and not holds_nan(tile + j, step, job.num_classes):
+                r.loss[j] = 0.0
+        for j in range(LANES):
             buffer[j] = <real>(r.maximum[j] + r.loss[j])
         store(job, first, min(job.rows - first, <Py_ssize_t>LANES), buffer)
         return
@@ -1799,7 +1824,7 @@ cdef void softmax_tile(
 
 
 cdef double cross_entropy_tile(
-    const Job* job, Operation operation, Py_ssize_t first, real* tile, const real* targets
+    const Job* job, Operation operation, Py_ssize_t first, real* tile, real* targets
 ) noexcept nogil:
     """From the scores to the gradient, if it is wanted; the sum of the losses."""
     cdef Rows r
@@ -1819,6 +1844,7 @@ cdef double cross_entropy_tile(
     clear_dead_lanes(job, &r, tile)
     largest_in_lanes(job, tile, maximum)
     if operation == CROSS_ENTROPY_SOFT:
+        clear_dead_lanes(job, &r, targets)
         find_in_lanes(job, tile, maximum, index)
     for j in range(LANES):
         r.target_logit[j] = tile[index[j] * job.step + j]
@@ -2335,8 +2361,8 @@ cdef cnp.ndarray add_relative_weight(Job* job, cnp.ndarray weight):
     job.largest_weight = 1.0
     if weight is None:
         return None
-    job.largest_weight = weight.max() or 1.0
-    relative = weight / job.largest_weight
+    job.largest_weight = np.abs(weight).max()
+    relative = weight / (job.largest_weight or 1.0)
     if job.storage != FLOAT64:
         relative = relative.astype(np.float32)
     job.relative_weight = cnp.PyArray_DATA(relative)
@@ -2416,9 +2442,10 @@ def check_target(
     labels not None, options not None, Py_ssize_t num_classes, int num_threads
 ):
     cdef Job job
-    cdef Py_ssize_t block, blocks, bad = -1
-    cdef cnp.ndarray partial
+    cdef Py_ssize_t block, blocks, bad
+    cdef cnp.ndarray partial, found
     cdef double* sums
+    cdef Py_ssize_t* bads
     memset(&job, 0, sizeof(job))
     job.rows, job.num_classes = labels[0].size, num_classes
     add_labels(&job, labels, options)
@@ -2426,23 +2453,23 @@ def check_target(
     if blocks == 1:
         bad = check_block(&job, 0, &job.scale)
         return TargetCheck(bad, job.scale)
-    partial = np.empty(blocks)
-    sums = <double*>cnp.PyArray_DATA(partial)
+    partial, found = np.empty(blocks), np.empty(blocks, np.intp)
+    sums, bads = <double*>cnp.PyArray_DATA(partial), <Py_ssize_t*>cnp.PyArray_DATA(found)
     if num_threads == 1:
         with nogil:
             for block in range(blocks):
-                check_block(&job, block, &sums[block])
+                bads[block] = check_block(&job, block, &sums[block])
     else:
         for block in prange(blocks, nogil=True, schedule="static", num_threads=num_threads):
-            check_block(&job, block, &sums[block])
+            bads[block] = check_block(&job, block, &sums[block])
     for block in range(blocks):
-        if sums[block] < 0.0:
-            return TargetCheck(check_block(&job, block, &sums[block]), 0.0)
+        if bads[block] >= 0:
+            return TargetCheck(bads[block], 0.0)
     return TargetCheck(-1, float(partial.sum()))
 
 
 cdef Py_ssize_t check_block(const Job* job, Py_ssize_t block, double* total) noexcept nogil:
-    """The first bad target of a block, or -1; total receives the sum of the weights, or -1."""
+    """The first bad target of a block, or -1; then total receives the sum of the weights."""
     cdef int64_t target[LANES]
     cdef double lane[LANES]
     cdef double weight
@@ -2459,7 +2486,6 @@ cdef Py_ssize_t check_block(const Job* job, Py_ssize_t block, double* total) noe
             bad |= (target[i] != job.ignore_index) & (
                 <uint64_t>target[i] >= <uint64_t>job.num_classes)
         if bad:
-            total[0] = -1.0
             for i in range(n):
                 if target[i] != job.ignore_index and not 0 <= target[i] < job.num_classes:
                     return row + i

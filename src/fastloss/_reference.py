@@ -27,7 +27,10 @@ def log_softmax(logits, out, num_threads):
 
 def logsumexp(logits, out, num_threads):
     x, m, k = _shifted(logits)
-    _round_to(out, (m + np.log1p(_sum_others(np.exp(x), k)))[:, 0, :])
+    log_s = np.log1p(_sum_others(np.exp(x), k))
+    # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
+    log_s[np.isinf(m) & ~np.isnan(_float64(logits)).any(axis=1, keepdims=True)] = 0.0
+    _round_to(out, (m + log_s)[:, 0, :])
 
 
 def softmax_backward(grad_output, probs, out, num_threads):
@@ -68,14 +71,15 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
 
 def _cross_entropy(logits, labels, options, scale, losses, grad):
     target, weight, sample_weight = labels
-    ignore_index, label_smoothing, z_loss = options
+    label_smoothing, z_loss = options.label_smoothing, options.z_loss
     num_classes = logits.shape[1]
-    used = target != ignore_index
+    used = target != options.ignore_index
     y = np.where(used, target, 0).astype(np.intp)[:, None, :]
     w = np.ones(num_classes) if weight is None else weight
     w_y = w[y]
     row_weight = _row_weight(used, sample_weight)
-    row_weight[(w_y == 0) & (label_smoothing * w.sum() == 0) & (z_loss == 0)] = 0
+    if not z_loss and not (label_smoothing and w.any()):
+        row_weight[w_y == 0] = 0
     w = w[None, :, None]
     u = label_smoothing / num_classes
 
@@ -109,7 +113,7 @@ def _cross_entropy(logits, labels, options, scale, losses, grad):
 
 def _cross_entropy_soft(logits, labels, options, scale, losses, grad):
     target, weight, sample_weight = labels
-    _, label_smoothing, z_loss = options
+    label_smoothing, z_loss = options.label_smoothing, options.z_loss
     num_classes = logits.shape[1]
     row_weight = _row_weight(np.ones((logits.shape[0], logits.shape[2]), bool), sample_weight)
     w = np.ones(num_classes) if weight is None else weight

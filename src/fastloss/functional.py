@@ -25,7 +25,7 @@ def softmax(
     Parameters
     ----------
     logits : array_like of float32, float64, float16 or bfloat16, shape (..., C, ...)
-        The scores x, with the classes along `axis`.
+        The scores x, with the classes along `axis`.  Integers are taken as float64.
     axis : int
         The class axis.
     out : ndarray, optional
@@ -130,7 +130,8 @@ def logsumexp(
     Returns
     -------
     ndarray
-        The shape of `logits` without `axis`, the dtype of `logits`.
+        The shape of `logits` without `axis`, the dtype of `logits`.  A row of nothing but -inf is
+        -inf, one with a +inf and no NaN is +inf.
 
     Examples
     --------
@@ -391,15 +392,18 @@ def cross_entropy(
     Parameters
     ----------
     logits : array_like of float32, float64, float16 or bfloat16, shape (..., C, ...)
-        The scores x, with the classes along `axis`.  Half types are computed in float32.
+        The scores x, with the classes along `axis`.  Half types are computed in float32, integers
+        are taken as float64.
     target : array_like
         Class indices of any integer dtype, shaped like `logits` without `axis`; or probabilities
-        of any float dtype, shaped like `logits`.
+        of any float dtype, shaped like `logits`.  These are taken as they are: nothing checks that
+        none is negative and that they sum to 1.
     weight : array_like, shape (C,), optional
-        A weight per class, finite and at least 0.
+        A weight per class, finite and of either sign, or bool.
     sample_weight : array_like, shape of `logits` without `axis`, optional
-        A weight per row, finite and at least 0.  A row of weight 0 counts for nothing, whatever
-        it holds.
+        A weight per row, finite and of either sign, or bool: a mask.  With the advantages of the
+        actions that are the targets, this is the loss of a policy gradient.  A row of weight 0
+        counts for nothing, whatever it holds.
     ignore_index : int
         Rows with this target count for nothing, whatever they hold.  For class indices only.
     label_smoothing : float
@@ -409,7 +413,7 @@ def cross_entropy(
     reduction : {"mean", "sum", "none"}
         The mean divides the sum by the sum of ``weight[target] * sample_weight`` over the rows
         not ignored; with probabilities, by the sum of the sample weights, 1 each where none is
-        given.
+        given.  Where that sum is 0 the mean is NaN, and its gradient 0.
     normalizer : float, optional
         Replaces that divisor of the mean.
     axis : int

@@ -57,6 +57,9 @@ class LinearGradients(NamedTuple):
     inputs: Any = None
 
 
+_NO_GRADIENTS = LinearGradients(None)
+
+
 def linear_cross_entropy(
     inputs: Any,
     linear_weight: ArrayLike,
@@ -84,13 +87,13 @@ def linear_cross_entropy(
     Parameters
     ----------
     inputs : array_like of float32 or float64, shape (..., D), or sparse (N, D)
-        The features X, a row per sample.  Sparse matrices and arrays of SciPy are taken in the
-        CSR format and converted to it from the others.
+        The features X, a row per sample.  Integers are taken as float64, sparse matrices and arrays
+        of SciPy in the CSR format; from the others they are converted to it.
     linear_weight : array_like, shape (C, D), dtype of `inputs`
         The weights W, a row per class.
     target : array_like
         Class indices of any integer dtype, shaped like `inputs` without its last axis; or
-        probabilities of any float dtype, shape (..., C).
+        probabilities of any float dtype, shape (..., C), taken as they are.
     linear_bias : array_like, shape (C,), dtype of `inputs`, optional
         The bias b.
     l2 : float
@@ -157,7 +160,7 @@ def linear_cross_entropy(
         _arguments.options(ignore_index, label_smoothing, z_loss), reduction, normalizer,
         chunk_rows, backend, num_threads,
     )  # fmt: skip
-    return _run(plan, None)
+    return _run(plan, _NO_GRADIENTS)
 
 
 def linear_cross_entropy_with_grad(
@@ -175,6 +178,7 @@ def linear_cross_entropy_with_grad(
     reduction: str = "mean",
     normalizer: float | None = None,
     inputs_grad: bool = False,
+    linear_weight_grad: bool = True,
     out: LinearGradients | None = None,
     accumulate: bool = False,
     chunk_rows: int | None = None,
@@ -191,6 +195,9 @@ def linear_cross_entropy_with_grad(
     ----------
     inputs_grad : bool
         Whether the gradient with respect to `inputs` is wanted, too.  Not for sparse inputs.
+    linear_weight_grad : bool
+        Whether that with respect to `linear_weight` is.  Without it there is a product less, and
+        no memory is taken for it: for weights that are frozen.
     out : LinearGradients, optional
         Where to write: arrays of the shapes and the dtype of the arguments, None for new ones.
         Nothing is written when an error is raised.
@@ -207,9 +214,9 @@ label_smoothing, z_loss, reduction, normalizer, chunk_rows, backend, num_threads
     loss : float or ndarray
         As `linear_cross_entropy`.
     gradients : LinearGradients
-        The arrays `linear_weight`, `linear_bias` (None without a bias) and `inputs` (None unless
-        asked for), shaped like the arguments of these names.  Rows that count for nothing have no
-        share in them, whatever they hold.
+        The arrays `linear_weight`, `linear_bias` and `inputs`, shaped like the arguments of these
+        names; None where there is no bias, and where they are not asked for.  Rows that count for
+        nothing have no share in them, whatever they hold.
 
     Raises
     ------
@@ -232,8 +239,11 @@ label_smoothing, z_loss, reduction, normalizer, chunk_rows, backend, num_threads
         chunk_rows, backend, num_threads,
     )  # fmt: skip
     inputs_grad = _arguments.flag(inputs_grad, "inputs_grad")
+    weight_grad = _arguments.flag(linear_weight_grad, "linear_weight_grad")
     accumulate = _arguments.flag(accumulate, "accumulate")
-    outputs = _arguments.linear_outputs(out, plan.layer, inputs_grad, accumulate, plan.labels)
+    outputs = _arguments.linear_outputs(
+        out, plan.layer, weight_grad, inputs_grad, accumulate, plan.labels
+    )
     loss = _run(plan, LinearGradients(*(o and o.normal for o in outputs)), accumulate)
     return loss, LinearGradients(*(o and o.deliver() for o in outputs))
 
@@ -356,10 +366,9 @@ def _kept(labels: Labels, options: Options) -> np.ndarray | None:
     if not labels.soft:
         used = target[:, 0] != options.ignore_index
         counts &= used
+        smooth = options.label_smoothing and class_weight is not None and class_weight.any()
         # By either of these a row counts whatever its target's weight.
-        if class_weight is not None and (
-            options.label_smoothing * class_weight.sum() == options.z_loss == 0
-        ):
+        if class_weight is not None and not options.z_loss and not smooth:
             classes = np.where(used, target[:, 0], 0).astype(np.intp)
             # Another thread may have changed the target since it was checked.
             counts &= class_weight.take(classes, mode="clip") != 0
@@ -385,22 +394,19 @@ def _sizes(count: int, layer: _arguments.Linear, asked: int | None) -> tuple[int
     return block, block * min(-(-(asked or 1) // block), blocks)
 
 
-def _run(
-    plan: _Plan, gradients: LinearGradients | None, accumulate: bool = False
-) -> float | np.ndarray:
+def _run(plan: _Plan, gradients: LinearGradients, accumulate: bool = False) -> float | np.ndarray:
     """The loss, and its gradients into where they go."""
+    with_grad = any(array is not None for array in gradients)
     losses = np.empty((plan.num_rows, 1), plan.layer.weight.dtype)
     turns = _Turns(plan.num_rows, plan.chunk)
     chunks = _sparse_chunks(plan) if plan.layer.sparse else _dense_chunks(plan)
-    if gradients is not None and not accumulate:
+    if not accumulate:
         _clear(plan, gradients)
 
     def work() -> None:
         with np.errstate(all="ignore"):
             for rows, x, scores in chunks(turns):
-                _score(plan, rows, scores, losses, gradients is not None)
-                if gradients is None:
-                    continue
+                _score(plan, rows, scores, losses, with_grad)
                 if gradients.inputs is not None:
                     _add_to_inputs(plan, gradients.inputs, rows, scores, accumulate)
                 _add_to_layer(gradients, scores, x, turns, rows)
@@ -411,7 +417,7 @@ def _run(
     finally:
         _blas.one_thread.release()
     with np.errstate(all="ignore"):
-        if gradients is not None and plan.l2:
+        if gradients.linear_weight is not None and plan.l2:
             _add_penalty(gradients.linear_weight, plan.layer.weight, plan.l2)
         return _reduce(plan, losses)
 
@@ -559,9 +565,9 @@ def _score(
 
 def _clear(plan: _Plan, gradients: LinearGradients) -> None:
     """Zeros to add to, and where nothing will be written."""
-    gradients.linear_weight.fill(0)
-    if gradients.linear_bias is not None:
-        gradients.linear_bias.fill(0)
+    for total in gradients[:2]:
+        if total is not None:
+            total.fill(0)
     if gradients.inputs is not None and plan.kept is not None:
         gradients.inputs.fill(0)
 
@@ -571,11 +577,12 @@ def _add_to_layer(
 ) -> None:
     """The share of a chunk in the gradients of weight and bias, g that of its scores."""
     total, bias = gradients.linear_weight, gradients.linear_bias
-    for classes in _parts(*total.shape):
-        # Of a part of the classes, which is still in cache when it is added.
-        product = g[:, classes].T @ x
-        with turns.turn(classes.start, rows):
-            total[classes] += product
+    if total is not None:
+        for classes in _parts(*total.shape):
+            # Of a part of the classes, which is still in cache when it is added.
+            product = g[:, classes].T @ x
+            with turns.turn(classes.start, rows):
+                total[classes] += product
     if bias is not None:
         sums = np.ones(len(g), g.dtype) @ g
         with turns.turn(-1, rows):

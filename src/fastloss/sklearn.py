@@ -6,6 +6,7 @@ momentum.
 
 import contextlib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ __all__ = ["SoftmaxClassifier"]
 _FLOATS = [np.float64, np.float32]
 _CHUNK_ELEMENTS = 1 << 22  # of what need not be in memory all at once
 _ROUNDING = 1e-12  # of a variance, relative to the mean square
+_LARGEST = sys.float_info.max
 _CORRECTIONS = 20  # pairs of vectors that L-BFGS remembers
 
 
@@ -56,8 +58,10 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     fit_intercept : bool
         Whether to have b.
     class_weight : dict, "balanced" or None
-        A weight per label, 1 where the dict has none.  "balanced" weighs classes by the inverse of
-        their share in `y` (and in `sample_weight`).
+        A finite weight per label, 1 where the dict has none.  "balanced" weighs classes by the
+        inverse of their share in `y` (and in `sample_weight`; without one they count for nothing).
+        Below 0 it leads away from a class; there is an optimum then with an `l2` and without an
+        intercept only.
     solver : {"lbfgs", "sgd"}
         ``"lbfgs"`` uses all samples for every step and goes on to the optimum.  ``"sgd"`` is
         mini-batch gradient descent with momentum, in an order shuffled anew for every epoch.
@@ -81,10 +85,10 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     momentum : float
         The share of the last step that is part of the next, from 0 to below 1.
     early_stopping : bool
-        Gradient descent only: set a part of the samples aside, measure the loss on them, not on
-        the others, to decide when to end, and keep the parameters where it was least.
+        `fit` by gradient descent only: set a part of the samples aside, measure the loss on them,
+        not on the others, to decide when to end, and keep the parameters where it was least.
     validation_fraction : float
-        How much is set aside, between 0 and 1.
+        How much is set aside, between 0 and 1: as much of every class, and of each some.
     n_iter_no_change : int
         See `tol`.
     warm_start : bool
@@ -92,7 +96,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         descent keeps its velocity, its random numbers and its place in the schedule, too.
     random_state : int, RandomState or None
         Shuffles and splits of gradient descent.
-    verbose : bool
+    verbose : bool or int
         Show a progress bar (of tqdm).
     backend, num_threads : optional
         As in `linear_cross_entropy`.
@@ -277,6 +281,10 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 "class_weight = 'balanced' needs all samples; give partial_fit a dict of weights"
             )
+        if self.early_stopping:
+            raise ValueError(
+                "early_stopping = True needs all samples; partial_fit does not set any aside"
+            )
         first = not hasattr(self, "coef_")
         X, y = self._validated(X, y, reset=first)
         classes = self._known_classes(classes, first)
@@ -314,22 +322,22 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
     def _problem(
         self, X: Any, y: np.ndarray, classes: np.ndarray, target: np.ndarray, sample_weight: Any
     ) -> "_Problem":
-        weight = None
-        if sample_weight is not None or self.class_weight is not None:
-            weight = _check_sample_weight(
-                sample_weight, X, dtype=np.float64, copy=True, ensure_non_negative=True
-            )
-        if self.class_weight is not None:
-            by_class = compute_class_weight(
-                self.class_weight, classes=classes, y=y, sample_weight=weight
-            )
-            weight *= by_class[target]
-        problem = _Problem(X, target, weight, self.l2, (self.backend, self.num_threads))
-        if weight is None or weight.all():
+        problem = _Problem(X, target, None, self.l2, (self.backend, self.num_threads))
+        if sample_weight is None and self.class_weight is None:
             return problem
+        weight = _check_sample_weight(
+            sample_weight, X, dtype=np.float64, copy=True, ensure_non_negative=True
+        )
+        if self.class_weight == "balanced":
+            of_class = np.bincount(target, weight)[target]
+            np.divide(weight, of_class, out=weight, where=of_class > 0)
+        elif self.class_weight is not None:
+            weight *= compute_class_weight(self.class_weight, classes=classes, y=y)[target]
         if not weight.any():
             raise ValueError("sample_weight and class_weight leave no sample that counts")
-        return problem.rows(np.flatnonzero(weight))
+        problem = problem._replace(weight=weight)
+        problem.check_weights()
+        return problem if weight.all() else problem.rows(np.flatnonzero(weight))
 
     def _start(self, classes: np.ndarray, X: Any) -> None:
         self.classes_ = classes
@@ -378,7 +386,7 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         held_out = None
         random = check_random_state(self.random_state)
         if self.early_stopping:
-            problem, held_out = problem.split(self.validation_fraction, random)
+            problem, held_out = self._split(problem, random)
             self.validation_curve_: list[float] = []
         descent = self._descent_for(problem, random)
         best, best_layer, patience = math.inf, None, self.n_iter_no_change
@@ -403,6 +411,29 @@ class SoftmaxClassifier(ClassifierMixin, BaseEstimator):
         if best_layer is not None:
             self.coef_, self.intercept_ = best_layer
         self.n_iter_ = descent.epochs - start
+
+    def _split(self, problem: "_Problem", random: Any) -> list["_Problem"]:
+        """The samples to train on, and those that are set aside, as many of each class."""
+        samples = len(problem.target)
+        counts = np.bincount(problem.target, minlength=len(self.classes_))
+        if 1 in counts:
+            raise ValueError(
+                f"early_stopping = True, but only one sample of class "
+                f"{self.classes_[counts == 1][0]} counts: there is none to set aside"
+            )
+        aside = math.ceil(self.validation_fraction * samples)
+        if min(aside, samples - aside) < np.count_nonzero(counts):
+            raise ValueError(
+                f"validation_fraction = {self.validation_fraction} sets {aside} of {samples} "
+                f"samples aside; both parts need one of each of {np.count_nonzero(counts)} classes"
+            )
+        rows = train_test_split(
+            np.arange(samples), test_size=aside, stratify=problem.target, random_state=random
+        )
+        parts = [problem.rows(part) for part in rows]
+        for part in parts:
+            part.check_weights()
+        return parts
 
     def _descent_for(self, problem: "_Problem", random: Any = None) -> "_Descent":
         """What is left of earlier epochs, or a beginning."""
@@ -480,13 +511,25 @@ class _Problem(NamedTuple):
 
     X: Any  # (N, D), dense or CSR
     target: np.ndarray  # class indices
-    weight: np.ndarray | None  # of the samples, that of their classes included
+    weight: np.ndarray | None  # of the samples, that of their classes included; may be negative
     l2: float
     computing: tuple[str | None, int | None]  # backend, num_threads
 
     @property
     def total_weight(self) -> float:
         return len(self.target) if self.weight is None else float(self.weight.sum())
+
+    def check_weights(self) -> None:
+        if not 0 < self.total_weight < math.inf:
+            raise ValueError(
+                f"sample_weight, times class_weight, sums to {self.total_weight} over "
+                f"{len(self.target)} samples; a mean needs a finite sum above 0"
+            )
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Of the weights, whatever their signs."""
+        return np.ones(len(self.target)) if self.weight is None else np.abs(self.weight)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -496,20 +539,12 @@ class _Problem(NamedTuple):
     def safe_rate(self) -> float:
         """One over a bound of the second derivatives of the data loss."""
         squares = row_norms(self.X, squared=True)
-        return 2 / (1 + float(np.average(squares, weights=self.weight)))
+        signed = self.total_weight / float(self.sizes.sum())
+        return 2 / (1 + float(np.average(squares, weights=self.sizes))) * signed
 
     def rows(self, rows: np.ndarray) -> "_Problem":
         weight = None if self.weight is None else self.weight[rows]
         return self._replace(X=self.X[rows], target=self.target[rows], weight=weight)
-
-    def split(self, fraction: float, random: Any) -> tuple["_Problem", "_Problem"]:
-        """The samples to train on, and those that are set aside, as many of each class."""
-        parts = train_test_split(
-            np.arange(len(self.target)), test_size=fraction, stratify=self.target,
-            random_state=random,
-        )  # fmt: skip
-        train, held_out = map(self.rows, parts)
-        return train, held_out
 
     def loss(self, coef: np.ndarray, intercept: np.ndarray | None) -> float:
         """The data loss."""
@@ -545,8 +580,8 @@ class _Standardized(NamedTuple):
 
     @classmethod
     def of(cls, problem: _Problem, num_classes: int, fit_intercept: bool) -> "_Standardized":
-        mean, variance = _mean_and_variance(problem.X, problem.weight)
-        share = np.bincount(problem.target, problem.weight, num_classes) / problem.total_weight
+        mean, variance = _mean_and_variance(problem.X, problem.sizes)
+        share = np.bincount(problem.target, problem.sizes, num_classes) / problem.sizes.sum()
         # Of a class without weight only the penalty knows: the size of its scale does not matter.
         least = 1 / len(problem.target)
         curvature = (share * (1 - share)).clip(min=least * (1 - least))[:, None]
@@ -578,12 +613,11 @@ class _Standardized(NamedTuple):
         return np.hstack([coef * self.scale, intercept * self.intercept_scale]).ravel()
 
 
-def _mean_and_variance(X: Any, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _mean_and_variance(X: Any, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each column, in float64; the variance of a constant one is said to be 1."""
     dense = isinstance(X, np.ndarray)
     shift = X[0].astype(np.float64) if dense else np.zeros(X.shape[1])
-    share = np.ones(X.shape[0]) if weight is None else weight
-    share = share / share.sum()
+    share = weight / weight.sum()
     mean, square = np.zeros((2, X.shape[1]))
     for rows in gen_batches(len(share), max(_CHUNK_ELEMENTS // X.shape[1], 1)):
         x = X[rows] - shift if dense else X[rows].astype(np.float64)
@@ -690,27 +724,70 @@ def _warn_unless_converged(result: Any, dtype: np.dtype, tol: float) -> None:
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "l2": (lambda v: _is_real(v) and 0 <= v < math.inf, "a finite number of at least 0"),
-    "solver": (lambda v: v in ("lbfgs", "sgd"), "'lbfgs' or 'sgd'"),
+    "fit_intercept": (lambda v: _is_flag(v), "True or False"),
+    "class_weight": (
+        lambda v: v is None or isinstance(v, dict) or _is_one_of(v, "balanced"),
+        "a dict, 'balanced' or None",
+    ),
+    "solver": (lambda v: _is_one_of(v, "lbfgs", "sgd"), "'lbfgs' or 'sgd'"),
     "max_iter": (lambda v: _is_count(v), "an integer of at least 1"),
     "tol": (lambda v: _is_real(v) and v >= 0, "a number of at least 0"),
     "batch_size": (lambda v: _is_count(v), "an integer of at least 1"),
     "learning_rate": (
-        lambda v: v == "auto" or (_is_real(v) and 0 < v < math.inf),
+        lambda v: _is_one_of(v, "auto") or (_is_real(v) and 0 < v < math.inf),
         "'auto' or a finite number above 0",
     ),
-    "schedule": (lambda v: v in ("sqrt", "constant", "cosine"), "'sqrt', 'constant' or 'cosine'"),
+    "schedule": (
+        lambda v: _is_one_of(v, "sqrt", "constant", "cosine"),
+        "'sqrt', 'constant' or 'cosine'",
+    ),
     "momentum": (lambda v: _is_real(v) and 0 <= v < 1, "a number from 0 to below 1"),
+    "early_stopping": (lambda v: _is_flag(v), "True or False"),
     "validation_fraction": (lambda v: _is_real(v) and 0 < v < 1, "a number between 0 and 1"),
     "n_iter_no_change": (lambda v: _is_count(v), "an integer of at least 1"),
-}
+    "warm_start": (lambda v: _is_flag(v), "True or False"),
+    "random_state": (
+        lambda v: _is_seed(v),
+        "an integer from 0 to 2**32 - 1, a RandomState or None",
+    ),
+    "verbose": (
+        lambda v: _is_flag(v) or _is_count(v, least=0),
+        "True, False or an integer of at least 0",
+    ),
+}  # backend and num_threads: the loss checks them
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, (float, int, np.floating, np.integer)) and not isinstance(value, bool)
+    if isinstance(value, (int, np.integer)):  # but none that a float cannot hold
+        return not isinstance(value, bool) and bool(-_LARGEST <= value <= _LARGEST)
+    return isinstance(value, (float, np.floating))
 
 
-def _is_count(value: Any) -> bool:
-    return _is_real(value) and isinstance(value, (int, np.integer)) and bool(value >= 1)
+def _is_count(value: Any, least: int = 1) -> bool:
+    return _is_real(value) and isinstance(value, (int, np.integer)) and bool(value >= least)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_))
+
+
+def _is_one_of(value: Any, *names: str) -> bool:
+    return isinstance(value, str) and value in names
+
+
+def _is_seed(value: Any) -> bool:
+    try:
+        check_random_state(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _check_parameters(estimator: SoftmaxClassifier) -> None:
@@ -718,3 +795,7 @@ def _check_parameters(estimator: SoftmaxClassifier) -> None:
         value = getattr(estimator, name)
         if not is_right(value):
             raise ValueError(f"{name} = {value!r} is not {expected}")
+    if isinstance(estimator.class_weight, dict):
+        for label, weight in estimator.class_weight.items():
+            if not _is_finite(weight):
+                raise ValueError(f"class_weight[{label!r}] = {weight!r} is not a finite number")

@@ -146,8 +146,8 @@ def log1p(x):
 
 @inline
 def times(weight, value):
-    """weight * value, where 0 * inf counts as 0."""
-    return weight if weight == 0 else weight * value
+    """weight * value, where 0 * inf counts as 0, and -0 as +0."""
+    return abs(weight) if weight == 0 else weight * value
 
 
 @fused

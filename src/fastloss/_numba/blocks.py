@@ -77,6 +77,14 @@ def find(x, value):
     return x.size
 
 
+@inline
+def holds_nan(x, step, n):
+    count = 0
+    for j in range(n):
+        count += x[j * step] != x[j * step]
+    return count > 0
+
+
 @summing
 def fold(lane):
     """The sum of a chunk, in float64."""

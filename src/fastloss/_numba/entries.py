@@ -241,7 +241,7 @@ def cross_entropy_share(
             if target is not None:
                 read_targets(
                     r, target, weight, sample_weight, start, n, plan.num_classes, options,
-                    weight_sum,
+                    largest_weight,
                 )  # fmt: skip
             else:
                 read_sample_weights(r, sample_weight, start, n)
@@ -306,11 +306,11 @@ def nll_backward_share(
 
 @entry
 def check_share(
-    target, weight, sample_weight, size, num_classes, ignore_index, sums, units, thread, threads
+    target, weight, sample_weight, size, num_classes, ignore_index, found, units, thread, threads
 ):
     mode = set_float_mode(IEEE)
     for block in share_of(units, thread, threads):
-        sums[block] = check_block(
+        found[0, block], found[1, block] = check_block(
             target, weight, sample_weight, size, block, num_classes, ignore_index
         )
     set_float_mode(mode)
@@ -369,13 +369,14 @@ def _backward(operation, grad_output, forward, out, num_threads):
 def check_target(labels, options, num_classes, num_threads):
     target, size = labels.target, labels.target.size
     units = -(-size // CHECK_BLOCK)
-    sums = np.empty(units)
-    arguments = (*_labels(labels), size, num_classes, options.ignore_index, sums)
+    found = np.empty((2, units))
+    arguments = (*_labels(labels), size, num_classes, options.ignore_index, found)
     _run(check_share, arguments, units, min(num_threads, units))
-    if units == 1 and sums[0] >= 0:
-        return TargetCheck(-1, sums.item())
-    if units and sums.min() < 0:
-        start = int(sums.argmin()) * CHECK_BLOCK
+    if units == 1 and not found.item(1):
+        return TargetCheck(-1, found.item(0))
+    sums, bads = found
+    if bads.any():
+        start = int(bads.argmax()) * CHECK_BLOCK
         block = target.reshape(-1)[start : start + CHECK_BLOCK]
         bad = (block != options.ignore_index) & ((block < 0) | (block >= num_classes))
         return TargetCheck(start + int(bad.argmax()), 0.0)
@@ -475,11 +476,11 @@ def _or_absent(array):
 
 
 def _relative(weight, logits):
-    """Class weights over the largest, in the compute type; and the largest."""
+    """Class weights over the largest in magnitude, in the compute type; and that."""
     if weight is None:
         return _read_only(np.empty(0, _compute_dtype(logits))), 1.0
-    largest_weight = float(weight.max()) or 1.0
-    relative = (weight / largest_weight).astype(_compute_dtype(logits))
+    largest_weight = float(np.abs(weight).max())
+    relative = (weight / (largest_weight or 1.0)).astype(_compute_dtype(logits))
     return _read_only(relative), largest_weight
 
 
@@ -594,18 +595,24 @@ def _start_layer():
 
 @contextlib.contextmanager
 def _openmp_left_alone():
-    """Numba's OpenMP layer, when it starts, sets these for everybody who uses that OpenMP."""
-    try:
+    """Numba's OpenMP layer, when it starts, sets these for everybody who uses that OpenMP.
+
+    There may be two of them in the process, such as PyTorch's and the system's.  The layer calls
+    the one that the whole process sees, or else its own: whichever it is, both are as they were.
+    """
+    before = []
+    with contextlib.suppress(ImportError):  # no OpenMP on this system
         from numba.np.ufunc import omppool
 
-        openmp = ctypes.CDLL(omppool.__file__)
-        threads, levels = openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()
-    except (ImportError, OSError, AttributeError):  # no OpenMP on this system
-        yield
-        return
+        for path in (None, omppool.__file__):
+            with contextlib.suppress(OSError, AttributeError):
+                openmp = ctypes.CDLL(path)
+                threads, levels = openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()
+                before.append((openmp, threads, levels))
     yield
-    openmp.omp_set_num_threads(threads)
-    openmp.omp_set_max_active_levels(levels)
+    for openmp, threads, levels in before:
+        openmp.omp_set_num_threads(threads)
+        openmp.omp_set_max_active_levels(levels)
 
 
 def most_threads():
@@ -628,12 +635,20 @@ def warmup():
 
 def describe():
     """What show_config says of this backend."""
-    try:
-        layer = numba.threading_layer()
-    except ValueError:
-        layer = "not started"
     return {
         "numba": numba.__version__,
-        "numba threading layer": layer,
+        "numba threading layer": _describe_layer(),
         "numba threads": str(numba.config.NUMBA_NUM_THREADS),
     }
+
+
+def _describe_layer():
+    """The layer that calls run on, started to find out, and what to beware of there."""
+    try:
+        _start_layer()
+        layer = numba.threading_layer()
+    except ValueError as error:  # the one that was asked for is not here, or threads are refused
+        return f"none: {error}".splitlines()[0]
+    if layer == "workqueue":
+        layer += " (a parallel function of your own beside a call of ours ends the process)"
+    return layer

@@ -6,10 +6,20 @@ in the processor, stages of one row cannot.  Rows begin `row_step` numbers apart
 blocks, and the group's rows with room for a last chunk.
 """
 
+import math
+
 import numpy as np
 
 from fastloss._numba.arithmetic import log1p, magic_of, pivot_of, power_of, tiny_of
-from fastloss._numba.blocks import exp_block, find, gap_block, largest, soft_gap, soft_mass
+from fastloss._numba.blocks import (
+    exp_block,
+    find,
+    gap_block,
+    holds_nan,
+    largest,
+    soft_gap,
+    soft_mass,
+)
 from fastloss._numba.jit import inline, spliced
 from fastloss._numba.losses import add_exponentials
 from fastloss._numba.memory import load_block, load_one, store
@@ -79,6 +89,15 @@ def find_in_row(x, start, value, plan, buffer):
     return 0
 
 
+@inline
+def row_holds_nan(x, start, plan, buffer):
+    for c in range(0, plan.num_classes, BLOCK):
+        n = min(BLOCK, plan.num_classes - c)
+        if holds_nan(load_block(x, start + c, n, buffer, plan.storage), 1, n):
+            return True
+    return False
+
+
 @spliced
 def exp_row(x, start, skip, maximum, keep, kept, plan, buffer, line, ahead):
     """The sum of the exponentials without class `skip`; if keep, kept receives them all.
@@ -146,6 +165,12 @@ def log_softmax_rows(x, out, r, scratch, first, n, plan):
     for i in range(n):
         r[LOG_SUM + i] = log1p(r[OTHERS + i] / r[TOP + i])
     if plan.operation == LOGSUMEXP:
+        for i in range(n):
+            # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
+            if not math.isfinite(r[MAXIMUM + i]) and not row_holds_nan(
+                x, (first + i) * plan.row_step, plan, buffer
+            ):
+                r[LOG_SUM + i] = 0.0
         return
     for i in range(n):
         m, log_sum = real(r[MAXIMUM + i]), real(r[LOG_SUM + i])

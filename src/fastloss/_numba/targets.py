@@ -17,9 +17,10 @@ def read_indices(target, first, n, y):
 
 
 @inline
-def read_targets(r, target, weight, sample_weight, first, n, num_classes, options, weight_sum):
+def read_targets(r, target, weight, sample_weight, first, n, num_classes, options, largest_weight):
     """Targets, and the weights of their rows: 0 where a row counts for nothing."""
-    smooth = options.label_smoothing * weight_sum != 0.0 or options.z_loss != 0.0
+    smoothing = options.label_smoothing
+    smooth = options.z_loss != 0.0 or (smoothing != 0.0 and largest_weight != 0.0)
     y = lanes(np.int64)
     read_indices(target, first, n, y)
     for i in range(n):
@@ -36,7 +37,7 @@ def read_targets(r, target, weight, sample_weight, first, n, num_classes, option
             r[TARGET_WEIGHT + i] = weight[int(r[INDEX + i])]
     if not smooth:
         for i in range(n):
-            if (1.0 - options.label_smoothing) * r[TARGET_WEIGHT + i] == 0.0:
+            if (1.0 - smoothing) * r[TARGET_WEIGHT + i] == 0.0:
                 r[ROW_WEIGHT + i] = 0.0
 
 
@@ -48,7 +49,7 @@ def read_sample_weights(r, sample_weight, first, n):
 
 @inline
 def check_block(target, weight, sample_weight, size, block, num_classes, ignore_index):
-    """The sum of the weights of a block, or -1 where a target is out of range."""
+    """The sum of the weights of a block, and whether a target is out of range."""
     y, lane = lanes(np.int64), lanes(np.float64)
     weighted = weight.size > 0 or sample_weight.size > 0
     last = min((block + 1) * CHECK_BLOCK, size)
@@ -67,6 +68,4 @@ def check_block(target, weight, sample_weight, size, block, num_classes, ignore_
                 if y[i] != ignore_index and 0 <= y[i] < num_classes:
                     row_weight = sample_weight[start + i] if sample_weight.size else 1.0
                     lane[i] += row_weight * (weight[y[i]] if weight.size else 1.0)
-    if bad:
-        return -1.0
-    return fold(lane) if weighted else np.float64(used)
+    return fold(lane) if weighted else np.float64(used), bad > 0

@@ -8,6 +8,8 @@ unit's tiles, twice; transposing moves eight by eight, and may go seven beyond e
 carries, for runs of output that begin and end within a cache line.
 """
 
+import math
+
 import numpy as np
 
 from fastloss._numba.arithmetic import (
@@ -20,6 +22,7 @@ from fastloss._numba.arithmetic import (
     times,
     tiny_of,
 )
+from fastloss._numba.blocks import holds_nan
 from fastloss._numba.jit import inline, spliced
 from fastloss._numba.losses import add_exponentials
 from fastloss._numba.machine import lanes, transpose
@@ -250,6 +253,11 @@ def log_softmax_tile(tile, r, x, later, plan):
     for j in range(LANES):
         r[LOG_SUM + j] = log1p(r[OTHERS + j] / r[TOP + j])
     if plan.operation == LOGSUMEXP:
+        for j in range(LANES):
+            if not math.isfinite(r[MAXIMUM + j]) and not holds_nan(
+                tile[j:], plan.step, plan.num_classes
+            ):
+                r[LOG_SUM + j] = 0.0
         return
     for j in range(LANES):
         m[j] = r[MAXIMUM + j]
@@ -289,6 +297,7 @@ def gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options):
     for j in range(LANES):
         r[GAP + j] = 0.0
     if soft is not None:
+        clear_dead_lanes(soft, r, plan)
         find_in_lanes(tile, r, plan)
     elif uniform == 0.0:
         return

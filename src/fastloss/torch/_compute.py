@@ -38,14 +38,17 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What it takes beside them, and which loss it is."""
+    """What it takes beside them, and which loss it is.
 
+    The numbers are tensors in a graph, which would hold others to be constant.
+    """
+
+    label_smoothing: Any  # float or Tensor
+    z_loss: Any
+    normalizer: Any  # or None
     name: str  # "cross_entropy" or "nll_loss"
     ignore_index: int
-    label_smoothing: float
-    z_loss: float
     reduction: str
-    normalizer: float | None
     backend: str | None
 
 
@@ -86,9 +89,12 @@ def maybe_to_array(tensor: Tensor | None) -> np.ndarray | None:
 
 def to_tensor(array: np.ndarray) -> Tensor:
     """A tensor on the memory of an array: NumPy's costs fewer page faults than PyTorch's own."""
-    if array.dtype.kind != "V":  # bfloat16; its name takes a microsecond to make up
-        return torch.from_numpy(array)
-    bits = torch.from_numpy(array.view(np.int16))
+    is_bfloat16 = array.dtype.kind == "V"  # its name takes a microsecond to make up
+    bits = torch.from_numpy(array.view(np.int16) if is_bfloat16 else array)
+    if not array.size:  # NumPy has strides of its own for it
+        bits = bits.new_empty(array.shape)
+    if not is_bfloat16:
+        return bits
     # Not bits.view(torch.bfloat16): autograd treats views in ways of their own.
     result = torch.empty(0, dtype=torch.bfloat16, device="cpu")
     return result.set_(bits.untyped_storage(), 0, bits.shape, bits.stride())  # type: ignore[call-overload]
@@ -137,7 +143,7 @@ def loss_tensor(loss: float | np.ndarray, dtype: torch.dtype) -> Tensor:
     """A loss of scores of a dtype, in the one that it is computed in."""
     if not isinstance(loss, np.ndarray):
         loss = np.array(loss, np.float64 if dtype is torch.float64 else np.float32)
-    return torch.from_numpy(loss)
+    return to_tensor(loss)
 
 
 def gradient(
@@ -145,8 +151,8 @@ def gradient(
 ) -> Tensor:
     """The gradient with respect to the scores, given that with respect to the loss.
 
-    It is rounded once: the kernels take `upstream` as their divisor, or as weights of the rows.
-    Those are positive and finite; what is not costs another pass.
+    It is rounded once: the kernels take `upstream` as their divisor, which is positive, or as
+    weights of the rows.  Both are finite; what is not costs another pass.
     """
     value = uniform(upstream)
     if value is not None:
@@ -161,12 +167,12 @@ def gradient(
     if not bool(rows.isfinite().all()):
         _, grad = losses_and_gradient(inputs, options, out)
         return times(grad, upstream)
-    _, grad = losses_and_gradient(inputs._replace(sample_weight=rows.abs()), options, out)
-    return times(grad, rows.sign()) if bool((rows < 0).any()) else grad
+    _, grad = losses_and_gradient(inputs._replace(sample_weight=rows), options, out)
+    return grad
 
 
 def weighted_rows(upstream: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Gradients with respect to the losses of the rows, as weights of these, which may be < 0."""
+    """Gradients with respect to the losses of the rows, as weights of these."""
     rows = upstream.detach().to(torch.float64)
     return rows if sample_weight is None else rows * sample_weight.detach()
 
@@ -185,6 +191,11 @@ def times(grad: Tensor, factor: Tensor | float) -> Tensor:
     return grad if factor == 1.0 else grad.mul_(factor)
 
 
+def times_each(grad: Tensor, upstream: Tensor, dim: int) -> Tensor:
+    """A gradient for each upstream of a batch, of which `grad` has the memory of one only."""
+    return grad * (upstream.unsqueeze(dim) if upstream.dim() else upstream)
+
+
 def _divided(value: float, inputs: Inputs, options: Options) -> tuple[Options, float]:
     """Options that make the gradient `value` times as large, but for a factor: that, too."""
     if value == 1.0:
@@ -192,11 +203,11 @@ def _divided(value: float, inputs: Inputs, options: Options) -> tuple[Options, f
     divisor = 1.0
     if options.reduction == "mean":
         divisor = options.normalizer or float(counted(inputs, options.ignore_index).sum())
-    normalizer = divisor / abs(value) if value else math.inf
-    if not 0.0 < normalizer < math.inf:  # NaN, infinite, 0; or no row counts
+    normalizer = divisor / value if value else math.inf
+    if not 0.0 < abs(normalizer) < math.inf:  # NaN, infinite, 0; or no row counts
         return options, value
-    divided = options._replace(reduction="mean", normalizer=normalizer)
-    return divided, math.copysign(1.0, value)
+    divided = options._replace(reduction="mean", normalizer=abs(normalizer))
+    return divided, math.copysign(1.0, normalizer)
 
 
 def counted(inputs: Inputs, ignore_index: int) -> Tensor:
@@ -238,7 +249,7 @@ def probabilities_backward(
 def _mapped(function: Any, tensors: tuple[Tensor, ...], dim: int, backend: str | None) -> Tensor:
     shape = tensors[0].shape
     if 0 in shape:
-        return torch.empty_like(tensors[0])
+        return tensors[0].new_empty(shape)
     arrays = [to_array(tensor) for tensor in tensors]
     if not shape:  # a scalar is one class
         arrays = [array.reshape(1) for array in arrays]

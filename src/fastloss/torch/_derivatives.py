@@ -15,9 +15,16 @@ def row_factors(upstream: Tensor | float, inputs: Inputs, options: Options) -> T
     if inputs.sample_weight is not None:
         rows = rows * inputs.sample_weight
     if options.reduction == "mean":
-        divisor = options.normalizer or counted(inputs, options.ignore_index).sum()
-        rows = torch.where(rows == 0, 0, rows / divisor)
+        divisor = options.normalizer
+        if divisor is None:
+            divisor = counted(inputs, options.ignore_index).sum()
+        rows = torch.where((rows == 0) | (divisor == 0), 0, rows / divisor)
     return (rows * upstream).to(compute_dtype(inputs.scores.dtype))
+
+
+def counting(factors: Tensor, tensor: Tensor) -> Tensor:
+    """Without what rows hold that are left out, which may be NaN."""
+    return torch.where(factors == 0, 0, tensor)
 
 
 def _class_weights(inputs: Inputs) -> Tensor:
@@ -34,8 +41,9 @@ def _class_weights(inputs: Inputs) -> Tensor:
 def target_gradient(upstream: Tensor, inputs: Inputs, options: Options) -> Tensor:
     """With respect to probabilities t: (1 - e) r w_c (lse - x_c), r the factor of the row."""
     dim = inputs.dim
+    unit = row_factors(1.0, inputs, options).unsqueeze(dim)
     r = row_factors(upstream, inputs, options).unsqueeze(dim)
-    log_p = torch.log_softmax(inputs.scores.to(r.dtype), dim)
+    log_p = torch.log_softmax(counting(unit, inputs.scores.to(r.dtype)), dim)
     grad = -(1 - options.label_smoothing) * r * _class_weights(inputs) * log_p
     return grad.to(inputs.target.dtype)
 
@@ -55,7 +63,7 @@ def second_derivatives(
     w, v = _class_weights(inputs), v.to(r.dtype)
     num_classes = inputs.scores.shape[dim]
     if inputs.soft:
-        share = w * ((1 - e) * inputs.target.to(r.dtype) + e / num_classes)
+        share = w * ((1 - e) * counting(unit, inputs.target.to(r.dtype)) + e / num_classes)
         a, vt = share.sum(dim, keepdim=True), (share * v).sum(dim, keepdim=True)
     else:
         y = indices(inputs.target, options.ignore_index)[0].unsqueeze(dim)
@@ -67,7 +75,7 @@ def second_derivatives(
     if options.name == "nll_loss":  # g does not depend on the scores
         grad_rows = -unit * vt
     else:
-        x = torch.where(unit == 0, 0, inputs.scores.to(r.dtype))  # may hold NaN if left out
+        x = counting(unit, inputs.scores.to(r.dtype))
         a = a + 2 * z * torch.logsumexp(x, dim, keepdim=True)
         p = torch.softmax(x, dim)
         pv = (p * v).sum(dim, keepdim=True)

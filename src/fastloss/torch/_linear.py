@@ -1,5 +1,6 @@
 """The linear head under autograd: the scores of all rows never exist."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastloss.torch._compute import (
     to_array,
     to_tensor,
 )
+from fastloss.torch._derivatives import counting, row_factors
 
 
 class LinearInputs(NamedTuple):
@@ -89,22 +91,20 @@ class LinearLoss(torch.autograd.Function):
         ctx.gradients = []
         if options.reduction == "none":
             return losses(inputs, options, l2)
-        loss, *gradients = _losses_and_gradients(inputs, options, l2, ctx.needs_input_grad[0])
+        loss, *gradients = _losses_and_gradients(inputs, options, l2, ctx.needs_input_grad)
         ctx.gradients.append(gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         gradients = ctx.gradients.pop() if ctx.gradients else None
-        needs_input = ctx.needs_input_grad[0]
-        if gradients is not None and not torch.is_grad_enabled():
+        alone = _ops.is_alone(upstream)
+        if gradients is not None and alone:
             gradients = _times(gradients, upstream.item())
         else:
+            compute = _gradients if alone else _differentiable_gradients
             inputs = LinearInputs(*ctx.saved_tensors)
-            if torch.is_grad_enabled():
-                gradients = _differentiable_gradients(upstream, inputs, ctx.options, ctx.l2)
-            else:
-                gradients = _gradients(upstream, inputs, ctx.options, ctx.l2, needs_input)
+            gradients = compute(upstream, inputs, ctx.options, ctx.l2, ctx.needs_input_grad)
         needed = zip(gradients, ctx.needs_input_grad[:3], strict=True)
         return *(grad if needs_it else None for grad, needs_it in needed), *[None] * 5
 
@@ -116,11 +116,13 @@ def losses(inputs: LinearInputs, options: Options, l2: float) -> Tensor:
 
 
 def _losses_and_gradients(
-    inputs: LinearInputs, options: Options, l2: float, needs_input: bool
+    inputs: LinearInputs, options: Options, l2: float, needed: Sequence[bool]
 ) -> list[Any]:
     """The loss and the gradients with respect to input, linear_weight and linear_bias."""
     arrays, keywords = _arguments(inputs, options, l2)
-    loss, found = fl.linear_cross_entropy_with_grad(*arrays, inputs_grad=needs_input, **keywords)
+    loss, found = fl.linear_cross_entropy_with_grad(
+        *arrays, inputs_grad=needed[0], linear_weight_grad=needed[1], **keywords
+    )
     gradients = (found.inputs, found.linear_weight, found.linear_bias)
     total = loss_tensor(loss, inputs.input.dtype)
     return [total, *(g if g is None else to_tensor(g) for g in gradients)]
@@ -143,29 +145,22 @@ def _arguments(
 
 
 def _gradients(
-    upstream: Tensor, inputs: LinearInputs, options: Options, l2: float, needs_input: bool
+    upstream: Tensor, inputs: LinearInputs, options: Options, l2: float, needed: Sequence[bool]
 ) -> list[Any]:
-    """The gradients, given that with respect to the loss."""
+    """The gradients that are needed, given that with respect to the loss."""
     value = _compute.uniform(upstream)
     if value is not None:
         if options.reduction == "none":
             options = options._replace(reduction="sum")
-        _, *gradients = _losses_and_gradients(inputs, options, l2, needs_input)
+        _, *gradients = _losses_and_gradients(inputs, options, l2, needed)
         return _times(gradients, value)
 
     rows = _compute.weighted_rows(upstream, inputs.sample_weight)
     if not bool(rows.isfinite().all()):
-        return _differentiable_gradients(upstream, inputs, options, l2)
+        return _differentiable_gradients(upstream, inputs, options, l2, needed)
     options = options._replace(reduction="sum")
-    parts = [  # weights are positive
-        inputs._replace(sample_weight=part) for part in (rows.clamp(min=0), rows.clamp(max=0).neg())
-    ]
-    _, *gradients = _losses_and_gradients(parts[0], options, l2, needs_input)
-    if bool((rows < 0).any()):
-        _, *others = _losses_and_gradients(parts[1], options, l2, needs_input)
-        for grad, other in zip(gradients, others, strict=True):
-            if grad is not None:
-                grad.sub_(other)
+    inputs = inputs._replace(sample_weight=rows)
+    _, *gradients = _losses_and_gradients(inputs, options, l2, needed)
     return gradients
 
 
@@ -174,14 +169,19 @@ def _times(gradients: list[Any], value: float) -> list[Any]:
 
 
 def _differentiable_gradients(
-    upstream: Tensor, inputs: LinearInputs, options: Options, l2: float
+    upstream: Tensor, inputs: LinearInputs, options: Options, l2: float, needed: Sequence[bool]
 ) -> list[Any]:
     """In terms of operations that have derivatives themselves."""
+    factors = row_factors(1.0, Inputs(inputs.input, *inputs[3:]), options)  # its rows are theirs
+    inputs = inputs._replace(input=counting(factors.unsqueeze(-1), inputs.input))
     with_scores = inputs.with_scores()
-    g = _ops.loss_backward(upstream, *with_scores, *options)
+    g = _ops.loss_backward(upstream, *with_scores, *_ops.in_graph(options))
     rows = g.reshape(-1, g.shape[-1])
-    grad_weight = rows.T @ inputs.input.reshape(-1, inputs.input.shape[-1])
-    if l2:
-        grad_weight = grad_weight + 2 * l2 * upstream * inputs.linear_weight
-    grad_bias = None if inputs.linear_bias is None else rows.sum(0)
-    return [g @ inputs.linear_weight, grad_weight, grad_bias]
+    grad_input = grad_weight = None
+    if needed[0]:
+        grad_input = g @ inputs.linear_weight
+    if needed[1]:
+        grad_weight = rows.T @ inputs.input.reshape(-1, inputs.input.shape[-1])
+        if l2:
+            grad_weight = grad_weight + 2 * l2 * upstream * inputs.linear_weight
+    return [grad_input, grad_weight, rows.sum(0) if needed[2] else None]

@@ -5,24 +5,38 @@ reduced loss comes from the same pass as the loss.  Below are operators, loss an
 for ``torch.compile``, ``torch.func``, fake tensors and second derivatives.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastloss import _arguments
 from fastloss.torch import _compute, _derivatives
 from fastloss.torch._compute import HALVES, Inputs, Options
 
 
-def is_eager(*tensors: Tensor | None) -> bool:
+def is_eager(*tensors: Any) -> bool:
     """Whether nothing but eager autograd is to see what happens to the tensors."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
+        or _is_batched(*tensors)
         or _is_traced(*tensors)
     )
+
+
+def is_alone(upstream: Tensor) -> bool:
+    """Whether nothing but the gradient is asked of a backward pass."""
+    return not torch.is_grad_enabled() and is_eager(upstream)
+
+
+def _is_batched(*tensors: Any) -> bool:
+    """Whether one is a batch to ``is_grads_batched=True``, which is not of `torch.func`."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return any(isinstance(tensor, Tensor) and is_batched(tensor) for tensor in tensors)
 
 
 def _is_traced(*tensors: Any) -> bool:
@@ -56,7 +70,7 @@ class Loss(torch.autograd.Function):
         inplace: bool,
     ) -> Tensor:
         inputs = Inputs(scores, target, weight, sample_weight)
-        ctx.options, ctx.inplace = options, inplace
+        ctx.options, ctx.inplace, ctx.spent = options, inplace, False
         # The gradient of this pass goes to the first backward pass, whose caller may keep it and
         # write to it.  Another backward pass computes another one.
         ctx.gradients = []
@@ -67,27 +81,22 @@ class Loss(torch.autograd.Function):
                 return _compute.losses(inputs, options)
         out = scores.detach() if inplace else None
         loss, grad = _compute.losses_and_gradient(inputs, options, out)
-        if inplace:  # whoever has saved the scores for a backward pass shall hear of it
+        if inplace:
+            # Whoever has saved the scores shall hear of it, and we of whoever changes the gradient.
             torch.autograd.graph.increment_version(scores)
-        ctx.gradients.append(grad)
+            ctx.save_for_backward(scores)
+        else:
+            ctx.gradients.append(grad)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        options, differentiable = ctx.options, torch.is_grad_enabled()
-        grad = ctx.gradients.pop() if ctx.gradients else None
         if ctx.inplace:
-            if grad is None or differentiable:
-                what = "differentiate twice" if differentiable else "go backward again"
-                raise RuntimeError(
-                    f"cannot {what} through {options.name} with inplace=True: "
-                    "the gradient has replaced the scores"
-                )
-            value = _compute.uniform(upstream)
-            return _compute.times(grad, upstream if value is None else value), *[None] * 5
-
+            return _gradient_in_place(ctx, upstream), *[None] * 5
+        options, alone = ctx.options, is_alone(upstream)
         target_needs_it = ctx.needs_input_grad[1]
-        if grad is not None and not differentiable and not target_needs_it:
+        grad = ctx.gradients.pop() if ctx.gradients else None
+        if grad is not None and alone and not target_needs_it:
             value = upstream.item()
             # Of a half type it has been rounded: unless it is right as it is, compute it anew.
             if value == 1.0 or grad.dtype not in HALVES:
@@ -95,14 +104,29 @@ class Loss(torch.autograd.Function):
         inputs = Inputs(*ctx.saved_tensors)
         if not ctx.needs_input_grad[0]:
             grad = None
-        elif differentiable:
-            grad = loss_backward(upstream, *inputs, *options)
-        else:
+        elif alone:
             grad = _compute.gradient(upstream, inputs, options, grad)
+        else:
+            grad = loss_backward(upstream, *inputs, *in_graph(options))
         target_grad = None
         if target_needs_it:
             target_grad = _derivatives.target_gradient(upstream, inputs, options)
         return grad, target_grad, *[None] * 4
+
+
+def _gradient_in_place(ctx: Any, upstream: Tensor) -> Tensor:
+    if ctx.spent or torch.is_grad_enabled():
+        what = "differentiate twice" if torch.is_grad_enabled() else "go backward again"
+        raise RuntimeError(
+            f"cannot {what} through {ctx.options.name} with inplace=True: "
+            "the gradient has replaced the scores"
+        )
+    grad = ctx.saved_tensors[0].detach()  # or PyTorch's error: it has been changed
+    ctx.spent = True
+    if not is_alone(upstream):
+        return _compute.times_each(grad, upstream, _compute.class_dim(grad))
+    value = _compute.uniform(upstream)
+    return _compute.times(grad, upstream if value is None else value)
 
 
 class Probabilities(torch.autograd.Function):
@@ -117,8 +141,8 @@ class Probabilities(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        differentiable = torch.is_grad_enabled()
-        function = probabilities_backward if differentiable else _compute.probabilities_backward
+        alone = is_alone(upstream)
+        function = _compute.probabilities_backward if alone else probabilities_backward
         return function(upstream, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
@@ -137,7 +161,8 @@ def _operator(
 ) -> Callable[..., Tensor]:
     """An operation from its parts, for `torch.library` and for the transforms of `torch.func`.
 
-    The latter take an ``autograd.Function`` only; who traces them sees the operator below it.
+    The latter take an ``autograd.Function`` only; who traces them sees the operator below it.  Of a
+    batch for ``is_grads_batched=True`` PyTorch gives the operator one entry after another.
     """
     op = torch.library.custom_op(f"fastloss::{name}", compute, mutates_args=(), device_types="cpu")
     op.register_fake(fake)
@@ -161,9 +186,58 @@ def _operator(
     function: Any = type(f"fastloss_{name}", (torch.autograd.Function,), methods)
 
     def call(*arguments: Any) -> Any:
-        return op(*arguments) if torch.compiler.is_compiling() else function.apply(*arguments)
+        if torch.compiler.is_compiling() or _is_batched(*arguments):
+            return op(*arguments)
+        return function.apply(*arguments)
 
     return call
+
+
+def in_graph(options: Options) -> Options:
+    """The options as operators take them, with tensors for the numbers.
+
+    A graph keeps a number as it is, and may change from step to step what is in a tensor.
+    """
+    label_smoothing, z_loss, normalizer = map(_to_tensor, options[:3])
+    return options._replace(label_smoothing=label_smoothing, z_loss=z_loss, normalizer=normalizer)
+
+
+def _to_tensor(number: Any) -> Tensor | None:
+    if number is None:
+        return None
+    if isinstance(number, Tensor):
+        number = number.detach().cpu()
+    # A product: torch.compile takes `number` in torch.tensor(number) for constant.
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
+
+
+def _floats(
+    label_smoothing: Tensor, z_loss: Tensor, normalizer: Tensor | None
+) -> tuple[float, float, float | None]:
+    divisor = None if normalizer is None else float(normalizer)
+    return float(label_smoothing), float(z_loss), divisor
+
+
+# What a kernel returns, without its contents: with the strides that it gives it.
+
+
+def _fake_like(scores: Tensor) -> Tensor:
+    return _fake(scores, scores.shape, _memory_order(scores))
+
+
+def _memory_order(scores: Tensor) -> tuple[int, ...] | None:
+    if scores.is_contiguous():
+        return None
+    return _arguments.memory_order(scores.shape, scores.stride())
+
+
+def _fake(
+    scores: Tensor, shape: tuple[int, ...], order: tuple[int, ...] | None, **options: Any
+) -> Tensor:
+    if order is None:
+        return scores.new_empty(shape, **options)
+    in_memory = scores.new_empty([shape[d] for d in order], **options)
+    return in_memory.permute([order.index(d) for d in range(len(order))])
 
 
 # The loss: Inputs and Options, spelled out for its schema.
@@ -174,49 +248,57 @@ def _compute_loss(
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
+    label_smoothing: Tensor,
+    z_loss: Tensor,
+    normalizer: Tensor | None,
     name: str,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
     reduction: str,
-    normalizer: float | None,
     backend: str | None,
 ) -> Tensor:
-    options = Options(name, ignore_index, label_smoothing, z_loss, reduction, normalizer, backend)
+    numbers = _floats(label_smoothing, z_loss, normalizer)
+    options = Options(*numbers, name, ignore_index, reduction, backend)
     return _compute.losses(Inputs(scores, target, weight, sample_weight), options)
 
 
 def _fake_loss(*arguments: Any) -> Tensor:
     inputs, options = Inputs(*arguments[:4]), Options(*arguments[4:])
-    shape = inputs.rows_shape if options.reduction == "none" else ()
-    return inputs.scores.new_empty(shape, dtype=_compute.compute_dtype(inputs.scores.dtype))
+    shape: tuple[int, ...] = ()
+    order = None
+    if options.reduction == "none":
+        shape = inputs.rows_shape
+        order = _arguments.rows_order(_memory_order(inputs.scores), inputs.dim)
+    dtype = _compute.compute_dtype(inputs.scores.dtype)
+    return _fake(inputs.scores, shape, order, dtype=dtype)
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = Options(*inputs[4:])
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
 
 
 def _differentiate_loss(ctx: Any, upstream: Tensor) -> Any:
-    inputs = Inputs(*ctx.saved_tensors)
+    tensors = ctx.saved_tensors
+    inputs, options = Inputs(*tensors[:4]), Options(*tensors[4:], *ctx.options)
     grad = target_grad = None
     if ctx.needs_input_grad[0]:
-        grad = loss_backward(upstream, *inputs, *ctx.options)
+        grad = loss_backward(upstream, *inputs, *options)
     if ctx.needs_input_grad[1]:
-        target_grad = _derivatives.target_gradient(upstream, inputs, ctx.options)
+        target_grad = _derivatives.target_gradient(upstream, inputs, options)
     return grad, target_grad, *[None] * 9
 
 
 def _batch_loss(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
     """The entries of a batch are so many more rows."""
     options = Options(*arguments[4:])
-    merged, rows_shape = _merged(info, in_dims[:4], *arguments[:4])
+    merged, rows_shape = _merged(info, in_dims[:6], *arguments[:6])
     rows = loss(*merged, *options._replace(reduction="none", normalizer=None))
     rows = rows.reshape(info.batch_size, *rows_shape)
     if options.reduction == "none":
         return rows, 0
     total = rows.to(torch.float64).reshape(info.batch_size, -1).sum(1)
-    return (total / _divisors(info, merged, options)).to(rows.dtype), 0
+    divisors = _divisors(info, in_dims[6], merged, options)
+    return torch.where(divisors == 0, math.nan, total / divisors).to(rows.dtype), 0
 
 
 loss = _operator("loss", _compute_loss, _fake_loss, _save_loss, _differentiate_loss, _batch_loss)
@@ -231,39 +313,41 @@ def _compute_loss_backward(
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
+    label_smoothing: Tensor,
+    z_loss: Tensor,
+    normalizer: Tensor | None,
     name: str,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
     reduction: str,
-    normalizer: float | None,
     backend: str | None,
 ) -> Tensor:
-    options = Options(name, ignore_index, label_smoothing, z_loss, reduction, normalizer, backend)
+    numbers = _floats(label_smoothing, z_loss, normalizer)
+    options = Options(*numbers, name, ignore_index, reduction, backend)
     return _compute.gradient(upstream, Inputs(scores, target, weight, sample_weight), options)
 
 
 def _fake_loss_backward(upstream: Tensor, scores: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(scores)
+    return _fake_like(scores)
 
 
 def _save_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = Options(*inputs[5:])
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
 
 
 def _differentiate_loss_backward(ctx: Any, v: Tensor) -> Any:
     upstream, *tensors = ctx.saved_tensors
-    grads = _derivatives.second_derivatives(v, upstream, Inputs(*tensors), ctx.options)
+    inputs, options = Inputs(*tensors[:4]), Options(*tensors[4:], *ctx.options)
+    grads = _derivatives.second_derivatives(v, upstream, inputs, options)
     return *grads, *[None] * 9
 
 
 def _batch_loss_backward(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
     options = Options(*arguments[5:])
-    merged, rows_shape = _merged(info, in_dims[1:5], *arguments[1:5])
+    merged, rows_shape = _merged(info, in_dims[1:7], *arguments[1:7])
     upstream = _in_front(info, arguments[0], in_dims[0])
     if options.reduction != "none":
-        divisors = _divisors(info, merged, options)
+        divisors = _divisors(info, in_dims[7], merged, options)
         upstream = torch.where(divisors == 0, 0, upstream / divisors)
         upstream = upstream.reshape(-1, *[1] * len(rows_shape)).expand(-1, *rows_shape)
     upstream = upstream.reshape(merged.rows_shape)
@@ -292,11 +376,14 @@ def _in_front(info: Any, tensor: Tensor, in_dim: int | None) -> Tensor:
 
 def _merged(info: Any, in_dims: Any, *tensors: Any) -> tuple[Inputs, tuple[int, ...]]:
     """Inputs whose rows are those of all entries, and the shape of the rows of one entry."""
-    scores, target, weight, sample_weight = tensors
+    scores, target, weight, sample_weight = tensors[:4]
     if in_dims[2] is not None:
         raise NotImplementedError("vmap over weight, the weights of the classes, is not supported")
+    for name, in_dim in zip(Options._fields, in_dims[4:], strict=False):
+        if in_dim is not None:
+            raise NotImplementedError(f"vmap over {name} is not supported")
     scores = _in_front(info, scores, in_dims[0])
-    rows_shape = Inputs(scores[0], *tensors[1:]).rows_shape
+    rows_shape = Inputs(scores[0], *tensors[1:4]).rows_shape
     target = _in_front(info, target, in_dims[1])
     if sample_weight is not None:
         sample_weight = _in_front(info, sample_weight, in_dims[3])
@@ -306,13 +393,14 @@ def _merged(info: Any, in_dims: Any, *tensors: Any) -> tuple[Inputs, tuple[int, 
     return Inputs(scores, target, weight, sample_weight), rows_shape
 
 
-def _divisors(info: Any, merged: Inputs, options: Options) -> Tensor:
+def _divisors(info: Any, in_dim: int | None, merged: Inputs, options: Options) -> Tensor:
     """What the sum of each entry is divided by."""
     if options.reduction == "mean" and options.normalizer is None:
         counted = _compute.counted(merged, options.ignore_index)
         return counted.reshape(info.batch_size, -1).sum(1)
-    divisor = 1.0 if options.normalizer is None else options.normalizer
-    return torch.full((info.batch_size,), divisor, dtype=torch.float64, device="cpu")
+    if options.normalizer is None:
+        return torch.ones(info.batch_size, dtype=torch.float64, device="cpu")
+    return _in_front(info, options.normalizer, in_dim)
 
 
 # softmax and log_softmax.
@@ -323,7 +411,7 @@ def _compute_probabilities(scores: Tensor, log: bool, dim: int, backend: str | N
 
 
 def _fake_probabilities(scores: Tensor, *options: Any) -> Tensor:
-    return torch.empty_like(scores)
+    return _fake_like(scores)
 
 
 def _save_probabilities(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -372,7 +460,7 @@ def _compute_probabilities_backward(
 
 
 def _fake_probabilities_backward(upstream: Tensor, result: Tensor, *options: Any) -> Tensor:
-    return torch.empty_like(result)
+    return _fake_like(result)
 
 
 def _save_probabilities_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._compile import _disable_dynamo
 
 from fastloss import _arguments, _backend
-from fastloss.torch import _compute
+from fastloss.torch import _compute, _ops
 from fastloss.torch import functional as F
 from fastloss.torch._compute import Inputs, Options, compute_dtype
 
@@ -35,7 +36,7 @@ def vocab_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Cross-entropy of scores of which each rank of a group holds some of the classes.
@@ -63,7 +64,7 @@ def vocab_parallel_cross_entropy(
         as gloo; by default all.
     ignore_index, label_smoothing, z_loss, reduction, backend
         As in `cross_entropy`.
-    normalizer : float, optional
+    normalizer : float or Tensor of one number, optional
         What the mean divides by; by default the number of rows that are not ignored.
 
     Returns
@@ -114,7 +115,8 @@ def vocab_parallel_cross_entropy(
     >>> dist.destroy_process_group()
     """
     arguments = (logits_shard, target, vocab_start, ignore_index, label_smoothing, z_loss)
-    loss = _Loss.apply(group, *arguments, reduction, normalizer, backend)  # type: ignore[no-untyped-call]
+    apply = _apply_outside_graphs if torch.compiler.is_compiling() else _Loss.apply
+    loss = apply(group, *arguments, reduction, normalizer, backend)
     if loss.dtype is not logits_shard.dtype and not torch.is_autocast_enabled("cpu"):
         loss = loss.to(logits_shard.dtype)
     return loss  # type: ignore[no-any-return]
@@ -189,26 +191,42 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError("vocab_parallel_cross_entropy cannot be differentiated twice")
-        logits_shard, kept, owned, y, top, total, f, others, e_y, lse = ctx.saved_tensors
-        options, e = ctx.options, ctx.options.label_smoothing
-        u = e / ctx.num_classes
-        z_slope = 2 * options.z_loss * lse if options.z_loss else torch.zeros_like(lse)
-        a = 1 + z_slope
-        r = torch.where(kept, upstream.to(torch.float64).reshape(-1) / ctx.divisor, 0)
-        s = others + e_y
+        if _ops.is_eager(upstream):
+            grad = _gradient(ctx, upstream)
+        else:
+            unit = _gradient(ctx, torch.ones((), device="cpu"))
+            grad = _compute.times_each(unit, upstream, -1)
+        return None, grad, *[None] * 8
 
-        scores = _matrix(logits_shard, kept.numel())
-        grad = torch.empty(0, dtype=scores.dtype, device="cpu")
-        if scores.numel():
-            # The shard's own probabilities, but at `top`, times what they count among all.
-            inputs = _inputs(scores, top, kept & (total != 0))
-            grad = _compute.gradient(r * a * (total * f / s), inputs, _own(options.backend))
-            if u:
-                grad.sub_((r * u).to(compute_dtype(grad.dtype)).unsqueeze(1))
-            # The kernel had the largest score for a target, and the target for just any class.
-            _put(grad, top, r * (a * (f / s) - u), kept)
-            _put(grad, y, r * _at_target(a, e_y / s, others / s, 1 - e + u, e - u + z_slope), owned)
-        return None, grad.reshape(logits_shard.shape), *[None] * 8
+
+def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
+    """With respect to the shard."""
+    logits_shard, kept, owned, y, top, total, f, others, e_y, lse = ctx.saved_tensors
+    options, e = ctx.options, ctx.options.label_smoothing
+    u = e / ctx.num_classes
+    z_slope = 2 * options.z_loss * lse if options.z_loss else torch.zeros_like(lse)
+    a = 1 + z_slope
+    r = torch.where(kept, upstream.to(torch.float64).reshape(-1) / ctx.divisor, 0)
+    s = others + e_y
+
+    scores = _matrix(logits_shard, kept.numel())
+    grad = torch.empty(0, dtype=scores.dtype, device="cpu")
+    if scores.numel():
+        # The shard's own probabilities, but at `top`, times what they count among all.
+        inputs = _inputs(scores, top, kept & (total != 0))
+        grad = _compute.gradient(r * a * (total * f / s), inputs, _own(options.backend))
+        if u:
+            grad.sub_((r * u).to(compute_dtype(grad.dtype)).unsqueeze(1))
+        # The kernel had the largest score for a target, and the target for just any class.
+        _put(grad, top, r * (a * (f / s) - u), kept)
+        _put(grad, y, r * _at_target(a, e_y / s, others / s, 1 - e + u, e - u + z_slope), owned)
+    return grad.reshape(logits_shard.shape)
+
+
+@_disable_dynamo
+def _apply_outside_graphs(*arguments: Any) -> Tensor:
+    """As one piece, where torch.compile would make many, and again with the numbers that change."""
+    return _Loss.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -277,9 +295,15 @@ def _check(
         raise TypeError(f"vocab_start = {vocab_start!r} is not an integer") from None
     if not 0 <= start < 1 << 62:
         raise ValueError(f"vocab_start = {start} is out of range; it must be at least 0")
-    checked = _arguments.options(ignore_index, label_smoothing, z_loss)
-    _, divisor = _arguments.reduction(reduction, normalizer)
-    options = Options("cross_entropy", *checked, reduction, divisor, backend)
+    numbers = _arguments.options(ignore_index, label_smoothing, z_loss)
+    divisor = _arguments.reduction(reduction, normalizer).normalizer
+    options = Options(
+        **numbers._asdict(),
+        normalizer=divisor,
+        name="cross_entropy",
+        reduction=reduction,
+        backend=backend,
+    )
     _backend.resolve(backend)
     scores = _matrix(logits_shard.detach(), target.numel())
     return _Shard(scores, target.to(torch.int64).reshape(-1), start, shape, options)
@@ -402,7 +426,7 @@ def _inputs(scores: Tensor, top: Tensor, kept: Tensor) -> Inputs:
 
 def _own(backend: str | None, label_smoothing: float = 0.0) -> Options:
     ignore_index = _arguments.DEFAULT_IGNORE_INDEX
-    return Options("cross_entropy", ignore_index, label_smoothing, 0.0, "none", None, backend)
+    return Options(label_smoothing, 0.0, None, "cross_entropy", ignore_index, "none", backend)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Functions with the names and the arguments of those in ``torch.nn.functional``."""
 
+import sys
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def softmax(
         See `fastloss.set_backend`.
     fallback : bool
         Whether PyTorch's own function computes what the kernels cannot: tensors on other devices,
-        sparse or quantized ones.  Else they are a TypeError.
+        sparse, quantized or nested ones, DTensors.  Else they are a TypeError.
 
     Returns
     -------
@@ -138,7 +139,7 @@ def cross_entropy(
     *,
     z_loss: float = 0.0,
     sample_weight: Tensor | None = None,
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
     backend: str | None = None,
     inplace: bool = False,
     fallback: bool = False,
@@ -156,9 +157,10 @@ def cross_entropy(
         The scores x.  Half types are computed in float32.
     target : Tensor
         Class indices of any integer dtype, shaped like `input` without the class dimension; or
-        probabilities of any float dtype, shaped like `input`.
+        probabilities of any float dtype, shaped like `input`.  These are taken as they are, as by
+        PyTorch: nothing checks that none is negative and that they sum to 1.
     weight : Tensor, shape (C), optional
-        A weight per class, finite and at least 0.
+        A weight per class, finite and of either sign.
     size_average, reduce : None
         PyTorch's legacy arguments, refused: use `reduction`.
     ignore_index : int
@@ -166,14 +168,17 @@ def cross_entropy(
     reduction : {"mean", "sum", "none"}
         The mean divides by the sum of ``weight[target] * sample_weight`` over the rows not
         ignored; with probabilities, by the sum of the sample weights or the number of rows.
+        Where that is 0 the mean is NaN, and its gradient 0.
     label_smoothing : float
         The share of the target that is spread over all classes, from 0 to 1.
     z_loss : float
         The weight of the square of the log of the sum of exponentials, at least 0.
     sample_weight : Tensor, shape of `input` without the class dimension, optional
-        A weight per row, finite and at least 0.
-    normalizer : float, optional
-        Replaces the divisor of the mean.
+        A weight per row, finite and of either sign, or bool: a mask.  With the advantages of the
+        actions that are the targets, this is the loss of a policy gradient.
+    normalizer : float or Tensor of one number, optional
+        Replaces the divisor of the mean.  It may change from step to step under `torch.compile`, as
+        may the other numbers, and a tensor need not be read for that with ``item()``.
     backend : {"auto", "cython", "numba", "numpy"}, optional
         See `fastloss.set_backend`.
     inplace : bool
@@ -182,9 +187,11 @@ def cross_entropy(
         second backward pass, also with ``retain_graph=True``; second derivatives; `torch.compile`
         and `torch.func`; `input` as a leaf of the graph; and with a half type, the single rounding
         where the upstream gradient is not 1.  Where `input` needs no gradient nothing is written.
+        Whatever writes to that memory before the backward pass makes PyTorch raise an error there,
+        and so does another in-place loss on a part of the same tensor.
     fallback : bool
         Whether PyTorch's own function computes what the kernels cannot: tensors on other devices,
-        sparse or quantized ones.  Else they are a TypeError.
+        sparse, quantized or nested ones, DTensors.  Else they are a TypeError.
 
     Returns
     -------
@@ -239,7 +246,7 @@ def nll_loss(
     reduction: str = "mean",
     *,
     sample_weight: Tensor | None = None,
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
     backend: str | None = None,
     fallback: bool = False,
 ) -> Tensor:
@@ -297,7 +304,7 @@ def linear_cross_entropy(
     l2: float = 0.0,
     z_loss: float = 0.0,
     sample_weight: Tensor | None = None,
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
     backend: str | None = None,
     fallback: bool = False,
 ) -> Tensor:
@@ -344,7 +351,8 @@ def linear_cross_entropy(
     Notes
     -----
     During the call NumPy's BLAS is held to one thread, for the whole process; chunks of rows are
-    shared out among as many threads as PyTorch has.
+    shared out among as many threads as PyTorch has.  Where `input` or `linear_weight` needs no
+    gradient, as that of a frozen layer, none is computed.
 
     Examples
     --------
@@ -405,17 +413,28 @@ def _options(
     *,
     ignore_index: int,
     reduction: str,
-    normalizer: float | None,
+    normalizer: float | Tensor | None,
     backend: str | None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Options:
     if soft and isinstance(ignore_index, int) and ignore_index < 0:
         ignore_index = _arguments.DEFAULT_IGNORE_INDEX  # as PyTorch, which overlooks any such
-    if normalizer is not None:
-        normalizer = float(normalizer)
-    numbers = float(label_smoothing), float(z_loss)
-    return Options(name, ignore_index, *numbers, reduction, normalizer, backend)
+    numbers = (
+        _number(label_smoothing, "label_smoothing"),
+        _number(z_loss, "z_loss"),
+        None if normalizer is None else _number(normalizer, "normalizer"),
+    )
+    return Options(*numbers, name, ignore_index, reduction, backend)
+
+
+def _number(value: float | Tensor, name: str) -> float | Tensor:
+    """A float; or a tensor on the way into a graph, which knows not yet what is in it."""
+    if type(value) in (float, int):
+        return float(value)
+    if isinstance(value, Tensor):
+        _check_no_gradient(**{name: value})
+    return _arguments.real(value, name) if _ops.is_eager(value) else torch.as_tensor(value)
 
 
 def apply(inputs: Inputs, options: Options, inplace: bool = False) -> Tensor:
@@ -426,7 +445,7 @@ def apply(inputs: Inputs, options: Options, inplace: bool = False) -> Tensor:
     if inplace:
         _check_inplace(inputs, eager, differentiable)
     if not eager:
-        loss = _ops.loss(*inputs, *options)
+        loss = _ops.loss(*inputs, *_ops.in_graph(options))
     elif differentiable:
         loss = _ops.Loss.apply(*inputs, options, inplace and scores.requires_grad)
     else:
@@ -439,13 +458,21 @@ def apply(inputs: Inputs, options: Options, inplace: bool = False) -> Tensor:
 def _check_inplace(inputs: Inputs, eager: bool, differentiable: bool) -> None:
     if not eager:
         raise RuntimeError("inplace=True works in eager code only")
-    if not differentiable or not inputs.scores.requires_grad:
+    scores = inputs.scores
+    if not differentiable or not scores.requires_grad:
         return
     if inputs.target.requires_grad:
         raise ValueError("inplace=True: target requires a gradient, which needs the scores")
-    whole = inputs.scores if inputs.scores._base is None else inputs.scores._base
+    whole = scores if scores._base is None else scores._base
     if whole.is_leaf and whole.requires_grad:
         raise ValueError("inplace=True: input is a leaf of the graph, and must not be overwritten")
+    if scores.is_neg():
+        raise ValueError("inplace=True: input is negated as it is read; resolve_neg() it first")
+    if _arguments.may_overlap_itself(_compute.to_array(scores)):
+        raise ValueError(
+            f"inplace=True: input of shape {tuple(scores.shape)} has strides {scores.stride()}, "
+            "by which elements may share memory; clone it first"
+        )
 
 
 def check_float(scores: Tensor, name: str = "input") -> None:
@@ -504,6 +531,10 @@ def unsuited(tensors: dict[str, Any]) -> str | None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.is_nested:
+            return f"{name} is a nested tensor; the kernels take dense ones"
+        if _is_dtensor(tensor):
+            return f"{name} is a DTensor; the kernels take plain ones, such as its to_local()"
         if not tensor.is_cpu:
             return f"{name} is on the device {tensor.device}; the kernels run on the CPU"
         if tensor.layout is not torch.strided:
@@ -511,3 +542,9 @@ def unsuited(tensors: dict[str, Any]) -> str | None:
         if tensor.is_quantized:
             return f"{name} is quantized ({tensor.dtype}); dequantize it first"
     return None
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Without the import of their module: whoever has one has done that."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)

@@ -96,7 +96,7 @@ class NLLLoss(torch.nn.NLLLoss):
         reduce: None = None,
         reduction: str = "mean",
         *,
-        normalizer: float | None = None,
+        normalizer: float | Tensor | None = None,
         backend: str | None = None,
         fallback: bool = False,
     ) -> None:
@@ -146,7 +146,7 @@ backend, inplace, fallback
         label_smoothing: float = 0.0,
         *,
         z_loss: float = 0.0,
-        normalizer: float | None = None,
+        normalizer: float | Tensor | None = None,
         backend: str | None = None,
         inplace: bool = False,
         fallback: bool = False,

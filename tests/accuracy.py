@@ -1,7 +1,7 @@
 """Measures the largest errors in ulp, over the whole range of inputs, and writes them down.
 
-    python bench/accuracy.py                  # all that runs here, some minutes
-    python bench/accuracy.py --build numba    # only this build; the figures of the others stay
+    python tests/accuracy.py                  # all that runs here, some minutes
+    python tests/accuracy.py --build numba    # only this build; the figures of the others stay
 
 The figures go into ``bench/results/accuracy.json`` and, as a table, into ``bench/README.md``;
 ``tests/test_ulps.py`` measures with the functions below, and holds every build to the figures.
@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from support import cases
+from support.cases import Case, Layout
 
 import fastloss as fl
-from fastloss import _check, _cython
+from fastloss import _cython
+from fastloss._tools import check
+from fastloss._tools.report import insert, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]
-
-import cases  # noqa: E402
-import report  # noqa: E402
-from cases import Case, Layout  # noqa: E402
 
 JSON = ROOT / "bench/results/accuracy.json"
 README = ROOT / "bench/README.md"
@@ -95,7 +94,7 @@ LAYOUTS = [
 
 def builds():
     """By name the kernels that run here; each instruction set of Cython is a build."""
-    compiled, _ = _check.backends()
+    compiled, _ = check.backends()
     return {"numpy": None} | {name.replace(" ", "-"): module for name, module in compiled.items()}
 
 
@@ -352,9 +351,9 @@ def section(table):
         ]
         header = ["family", *(row.replace("cross_entropy", "CE") for row in rows)]
         lines += [f"**{dtype}**, by build, over all families:", ""]
-        lines += [*report.markdown(["", *names], by_build), ""]
+        lines += [*markdown(["", *names], by_build), ""]
         lines += [f"**{dtype}**, by family, over all builds:", ""]
-        lines += [*report.markdown(header, by_family), ""]
+        lines += [*markdown(header, by_family), ""]
     return "\n".join(lines)
 
 
@@ -383,7 +382,7 @@ def main(arguments=None):
     new = figures(options.build or list(builds()), functools.partial(print, flush=True))
     table = merged(old, new, larger=["numba"] if options.other_processor else [])
     JSON.write_text(json.dumps(table, indent=1) + "\n")
-    README.write_text(report.insert(README.read_text(), section(table), BEGIN, END))
+    README.write_text(insert(README.read_text(), section(table), BEGIN, END))
     print(f"Above {AIM} ulp:", *above_the_aim(table), sep="\n")
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss import _bench
+from fastloss._tools import measure
 
 _KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
@@ -24,12 +24,12 @@ _KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1
 class Peer(NamedTuple):
     module: str  # to import
     package: str  # to install
-    bind: Callable[[_bench.Data, int], tuple[Callable[[], Any], Callable[[Any], _bench.Result]]]
-    supports: Callable[[_bench.Case], bool]
+    bind: Callable[[measure.Data, int], tuple[Callable[[], Any], Callable[[Any], measure.Result]]]
+    supports: Callable[[measure.Case], bool]
     environment: Mapping[str, str] = {}
 
 
-def _torch(data: _bench.Data, threads: int) -> Any:
+def _torch(data: measure.Data, threads: int) -> Any:
     """Cross-entropy and backward, as in a training step: the gradient starts at None."""
     torch = importlib.import_module("torch")
     torch.set_num_threads(threads)
@@ -50,13 +50,13 @@ def _torch(data: _bench.Data, threads: int) -> Any:
         loss.backward()
         return loss
 
-    def result(loss: Any) -> _bench.Result:
+    def result(loss: Any) -> measure.Result:
         return float(loss.detach()), logits.grad.to(torch.float64).numpy()
 
     return call, result
 
 
-def _jax(data: _bench.Data, threads: int) -> Any:
+def _jax(data: measure.Data, threads: int) -> Any:
     """Jitted value and gradient of the mean of lse - x_y."""
     jax = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", data.dtype == np.float64)
@@ -73,14 +73,14 @@ def _jax(data: _bench.Data, threads: int) -> Any:
     def call() -> Any:
         return jax.block_until_ready(function(logits, target))
 
-    def result(value_and_grad: Any) -> _bench.Result:
+    def result(value_and_grad: Any) -> measure.Result:
         loss, grad = value_and_grad
         return float(loss), np.asarray(grad)
 
     return call, result
 
 
-def _sklearn(data: _bench.Data, threads: int) -> Any:
+def _sklearn(data: measure.Data, threads: int) -> Any:
     """Losses and gradients of the rows, into the caller's arrays; their mean is not timed."""
     loss_module = importlib.import_module("sklearn._loss")
     function = loss_module.HalfMultinomialLoss(n_classes=data.shape[1])
@@ -94,18 +94,18 @@ def _sklearn(data: _bench.Data, threads: int) -> Any:
     def call() -> Any:
         return function.loss_gradient(**arrays, n_threads=threads)
 
-    def result(losses_and_gradients: Any) -> _bench.Result:
+    def result(losses_and_gradients: Any) -> measure.Result:
         losses, gradients = losses_and_gradients
         return float(losses.mean(dtype=np.float64)), gradients / data.normalizer
 
     return call, result
 
 
-def _plain(case: _bench.Case) -> bool:
+def _plain(case: measure.Case) -> bool:
     return case.operation == "cross_entropy_with_grad"
 
 
-def _real_rows(case: _bench.Case) -> bool:
+def _real_rows(case: measure.Case) -> bool:
     """float32 and float64, at least three classes, and those last: what scikit-learn takes."""
     last = len(case.shape) == 2 and case.axis == 1
     return _plain(case) and last and case.num_classes > 2 and case.dtype in ("float32", "float64")
@@ -154,7 +154,7 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def contenders(self, case: _bench.Case) -> dict[str, _bench.Contender]:
+    def contenders(self, case: measure.Case) -> dict[str, measure.Contender]:
         names = [name for name in self._names if PEERS[name].supports(case)]
         return {name: _Remote(self._pools[name], name, case, self._num_threads) for name in names}
 
@@ -163,7 +163,7 @@ class _Remote:
     """A contender in another process."""
 
     def __init__(
-        self, pool: ProcessPoolExecutor, name: str, case: _bench.Case, num_threads: int
+        self, pool: ProcessPoolExecutor, name: str, case: measure.Case, num_threads: int
     ) -> None:
         self._pool = pool
         self._case = (name, case, num_threads)
@@ -171,7 +171,7 @@ class _Remote:
     def visit(self, seconds: float) -> list[float]:
         return self._pool.submit(_visit, *self._case, seconds).result()
 
-    def sample(self, rows: np.ndarray) -> _bench.Result:
+    def sample(self, rows: np.ndarray) -> measure.Result:
         return self._pool.submit(_sample, *self._case, rows).result()
 
 
@@ -197,16 +197,16 @@ def _start(num_threads: int) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _bound(name: str, case: _bench.Case, threads: int) -> Any:
-    return PEERS[name].bind(_bench.Data(case.shape, case.axis, case.dtype), threads)
+def _bound(name: str, case: measure.Case, threads: int) -> Any:
+    return PEERS[name].bind(measure.Data(case.shape, case.axis, case.dtype), threads)
 
 
-def _visit(name: str, case: _bench.Case, threads: int, seconds: float) -> list[float]:
+def _visit(name: str, case: measure.Case, threads: int, seconds: float) -> list[float]:
     call, _ = _bound(name, case, threads)
-    return _bench.visit(call, seconds)
+    return measure.visit(call, seconds)
 
 
-def _sample(name: str, case: _bench.Case, threads: int, rows: np.ndarray) -> _bench.Result:
+def _sample(name: str, case: measure.Case, threads: int, rows: np.ndarray) -> measure.Result:
     call, result = _bound(name, case, threads)
     loss, array = result(call())
-    return loss, None if array is None else _bench.pick(array, case.axis, rows)
+    return loss, None if array is None else measure.pick(array, case.axis, rows)

@@ -1,11 +1,11 @@
-"""Showing what `_bench` measured: the table and the plot."""
+"""Showing what `measure` measured: the table and the plot."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastloss._bench import BACKENDS, format_shape, need
+from fastloss._tools.measure import BACKENDS, format_shape, need
 
 Report = Mapping[str, Any]
 
@@ -39,6 +39,21 @@ def format_time(seconds: float) -> str:
         if seconds * factor < 1000:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+
+
+def insert(text: str, section: str, begin: str, end: str) -> str:
+    """A page with the section between its markers."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"needs the markers {begin} and {end}, in this order")
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def table(report: Report) -> Any:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-import oracles
 
 import fastloss as fl
+from support import oracles
 
 IGNORED = -7  # as ignore_index, where a case has one: not the default, and not a class
 
@@ -58,6 +58,16 @@ def _sample_weight(rng, n, c, dtype):
     return np.where(rng.random(n) < 0.1, 0.0, rng.random(n) * 3)
 
 
+def _signed(weights):
+    """Of either sign, in a sum that does not cancel."""
+
+    def signed(rng, n, c, dtype):
+        values = weights(rng, n, c, dtype)
+        return np.where(rng.random(len(values)) < 0.3, -values, values)
+
+    return signed
+
+
 def _log_probs(rng, n, c, dtype):
     x = rng.normal(size=(n, c)) * 4
     return (x - np.log(np.exp(x).sum(axis=1, keepdims=True))).astype(dtype)
@@ -73,6 +83,8 @@ INGREDIENTS: dict[str, Callable] = {
     "target, probabilities": _probabilities,
     "weight": _weight,
     "sample_weight": _sample_weight,
+    "weight, signed": _signed(_weight),
+    "sample_weight, signed": _signed(_sample_weight),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -84,7 +96,7 @@ class Case(NamedTuple):
     name: str
     function: Callable  # the public function; its namesake in oracles is what it must equal
     inputs: tuple[str, ...]  # ingredients, positional
-    arrays: tuple[str, ...] = ()  # ingredients, by keyword
+    arrays: tuple[str, ...] = ()  # ingredients, by keyword, which their names begin with
     options: Mapping = MappingProxyType({})
 
     @property
@@ -127,12 +139,17 @@ class Case(NamedTuple):
             assert before == [array.tobytes() for array in arrays], "an input was modified"
         return results
 
+    def keywords(self, arrays):
+        """Those of its arrays that are passed by keyword."""
+        names = (name.partition(",")[0] for name in self.arrays)
+        return dict(zip(names, arrays[len(self.inputs) :], strict=True))
+
     def pass_on(self, layout, arrays, **options):
         """Run it on arrays that are arranged already; give the results back as rows."""
-        keywords = dict(zip(self.arrays, arrays[len(self.inputs) :], strict=True))
         results = self.function(
-            *arrays[: len(self.inputs)], axis=layout.axis, **keywords, **self.options, **options
-        )
+            *arrays[: len(self.inputs)], axis=layout.axis, **self.keywords(arrays), **self.options,
+            **options,
+        )  # fmt: skip
         if not isinstance(results, tuple):
             results = (results,)
         return tuple(
@@ -143,6 +160,7 @@ class Case(NamedTuple):
 _HARD, _SOFT = ("logits", "target"), ("logits", "target, probabilities")
 _NLL = ("log_probs", "target")
 _ALL = {"label_smoothing": 0.1, "z_loss": 1e-3}
+_SIGNED = ("weight, signed", "sample_weight, signed")
 _CE, _CE_GRAD = fl.cross_entropy, fl.cross_entropy_with_grad
 
 CASES = [
@@ -156,7 +174,7 @@ CASES = [
     Case("nll grad", fl.nll_loss_with_grad, _NLL),
     Case(
         "nll grad all", fl.nll_loss_with_grad, ("log_probs", "target, some ignored"),
-        ("weight", "sample_weight"), {"ignore_index": IGNORED},
+        _SIGNED, {"ignore_index": IGNORED},
     ),
     Case("loss", _CE, _HARD),
     Case("loss none", _CE, _HARD, (), {"reduction": "none"}),
@@ -174,12 +192,12 @@ CASES = [
     Case("grad smoothing 1", _CE_GRAD, _HARD, ("weight",), {"label_smoothing": 1.0}),
     Case("grad z_loss", _CE_GRAD, _HARD, (), {"z_loss": 0.01, "reduction": "none"}),
     Case(
-        "grad all", _CE_GRAD, ("logits", "target, some ignored"), ("weight", "sample_weight"),
+        "grad all", _CE_GRAD, ("logits", "target, some ignored"), _SIGNED,
         {"ignore_index": IGNORED, **_ALL},
     ),
     Case("soft loss none", _CE, _SOFT, (), {"reduction": "none"}),
     Case("soft grad", _CE_GRAD, _SOFT),
-    Case("soft grad all", _CE_GRAD, _SOFT, ("weight", "sample_weight"), _ALL),
+    Case("soft grad all", _CE_GRAD, _SOFT, _SIGNED, _ALL),
 ]  # fmt: skip
 
 by_name = {case.name: case for case in CASES}
@@ -276,8 +294,7 @@ def expected(case_name, layout, dtype_name):
     """What the oracle says; cached, since every backend asks for it in turn."""
     case = by_name[case_name]
     arrays = _problem(case.inputs + case.arrays, layout.n, layout.num_classes, dtype_name)
-    keywords = dict(zip(case.arrays, arrays[len(case.inputs) :], strict=True))
-    return case.oracle(*arrays[: len(case.inputs)], **keywords, **case.options)
+    return case.oracle(*arrays[: len(case.inputs)], **case.keywords(arrays), **case.options)
 
 
 # ---------------------------------------------------------------------------------------------

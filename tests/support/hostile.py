@@ -225,7 +225,8 @@ def _probabilities(rnd, shape):
 
 def _weights(rnd, shape):
     rng = np.random.default_rng(rnd.getrandbits(32))
-    return np.asarray(rng.integers(0, 4, shape)).astype(rnd.choice(REALS))
+    dtype = rnd.choice([*REALS, np.dtype(bool)])
+    return np.asarray(rng.integers(0 if dtype.kind == "u" else -3, 4, shape)).astype(dtype)
 
 
 # What may be passed instead of a number, and whether it is wrong.
@@ -354,12 +355,8 @@ def _spoil(rnd, arguments, wrong, shape):
         arguments[name] = rnd.choice(GARBAGE)
     elif how == "dtype":
         dtype = rnd.choice(FOREIGN)
-        if (
-            dtype.char == "g"
-            and name not in SCORES.values()
-            and name not in ("logits", "grad_output")
-        ):
-            return  # any real number will do there
+        if is_read(dtype, name):
+            return
         arguments[name] = np.zeros(array.shape, dtype)
     elif how == "shape" and name in ("logits", *SCORES.values()):
         arguments[name] = array.reshape(-1)[:0]
@@ -371,6 +368,11 @@ def _spoil(rnd, arguments, wrong, shape):
     else:
         arguments[name] = np.ma.masked_array(array, rnd.choice([False, True]))
     wrong.add(name)
+
+
+def is_read(dtype, name):
+    """Whether one of the foreign types is none there."""
+    return dtype.char in {"target": "g", "weight": "g?", "sample_weight": "g?"}.get(name, "")
 
 
 def spoil_value(rnd, arguments, wrong, shape):
@@ -387,7 +389,7 @@ def spoil_value(rnd, arguments, wrong, shape):
         if bad == ignored:
             return
     else:
-        array, bad = array.astype(float), rnd.choice([-1, np.nan, np.inf, -np.inf])
+        array, bad = array.astype(float), rnd.choice([np.nan, np.inf, -np.inf])
     array.flat[rnd.randrange(array.size)] = bad
     arguments[name] = array
     wrong.add(name)

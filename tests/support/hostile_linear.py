@@ -10,11 +10,11 @@ import math
 from fractions import Fraction
 from unittest import mock
 
-import hostile
 import numpy as np
 
 import fastloss as fl
 from fastloss import linear
+from support import hostile
 
 try:
     from scipy import sparse
@@ -38,6 +38,7 @@ NUMBERS = {name: hostile.NUMBERS[name] for name in hostile.NUMBERS if name != "a
         [0, -1, -(10**30), 1.0, np.nan, "3", b"3", [3], np.array([1, 2]), 3j, object()],
     ),
     "inputs_grad": ([True, True, False, np.True_], ["no", None, 0.5, [True], np.zeros(2, bool)]),
+    "linear_weight_grad": ([True, False, np.False_], ["no", None, 0.5, [True], np.zeros(2, bool)]),
     "accumulate": ([True, True, False, np.True_], ["no", None, 0.5, [True], np.zeros(2, bool)]),
 }  # fmt: skip
 NOT_GRADIENTS = ["out", 1, {}, (), (None, None), [None, None, None], np.zeros(3), np.zeros((3, 3))]
@@ -63,7 +64,7 @@ def draw(rnd):
     arguments = _draw_layer(rnd, lead, num_classes, num_features, dtype, labels, memories) | labels
     given = ["l2", "chunk_rows", "num_threads"]
     if name.endswith("grad"):
-        given += ["inputs_grad", "accumulate"]
+        given += ["inputs_grad", "linear_weight_grad", "accumulate"]
     for option in given:
         if rnd.random() < 0.4:
             arguments[option] = rnd.choice(NUMBERS[option][0])
@@ -74,7 +75,9 @@ def draw(rnd):
             wrong.add("inputs_grad")
         else:
             del arguments["inputs_grad"]
-    shapes = {"linear_weight": (num_classes, num_features)}
+    shapes = {}
+    if arguments.get("linear_weight_grad", True):
+        shapes["linear_weight"] = num_classes, num_features
     if "linear_bias" in arguments:
         shapes["linear_bias"] = (num_classes,)
     if arguments.get("inputs_grad"):
@@ -214,7 +217,7 @@ def _spoil_dtype(rnd, arguments, name, array):
     if name in ("inputs", "linear_weight", "linear_bias"):
         dtypes = [*dtypes, *(dtype for dtype in hostile.REALS if dtype != array.dtype)]
     else:
-        dtypes = [dtype for dtype in dtypes if dtype.char != "g"]  # any real number will do
+        dtypes = [dtype for dtype in dtypes if not hostile.is_read(dtype, name)]
     spoiled = np.zeros(array.shape, rnd.choice(dtypes))
     if _is_sparse(arguments[name]) and spoiled.dtype.kind in "iu":
         spoiled = sparse.csr_array(spoiled)
@@ -311,24 +314,24 @@ def _right(plain):
     info = np.finfo(dtype)
     unit = float(info.eps) * (32 + max(*x.shape, *w.shape))
     sizes = np.max(_size(x) @ _size(w).T + _size(b), axis=1) + np.log(len(w)) + 1
-    weights = shares * max(1.0, 0.0 if classes is None else classes.max())
+    weights = np.abs(shares) * max(1.0, 0.0 if classes is None else np.abs(classes).max())
     steep = (1.0 if target.ndim == 1 else 1 + _size(target).sum(axis=1)) + 2 * z_loss * sizes
     g_error = weights * (steep * np.minimum(8 * unit * sizes, 1) + 2 * z_loss * unit * sizes)
     loss_error = weights * steep * 2 * unit * sizes
-    far = ~(sizes * (1 + weights * steep * max(divisor, 1)) < info.max / 10)
+    far = ~(sizes * (1 + weights * steep * max(abs(divisor), 1)) < info.max / 10)
     g_error, loss_error = (
         np.where(idle, 0, np.where(far, np.inf, error)) for error in (g_error, loss_error)
     )
 
     penalty, shrink = (l2 * np.square(w).sum(), 2 * l2 * w) if l2 else (0.0, np.zeros(w.shape))
-    found = {
-        "loss": (losses.sum() + penalty, loss_error.sum() + unit * penalty),
-        "linear_weight": (g.T @ features + shrink, g_error @ _size(x) + unit * _size(shrink)),
-    }
+    found = {"loss": (losses.sum() + penalty, loss_error.sum() + unit * penalty)}
     if plain.get("reduction") == "none":
         found["loss"] = losses, loss_error
     elif not divisor:
         found["loss"] = np.nan, 0.0
+    if plain.get("linear_weight_grad", True):
+        error = g_error @ _size(x) + unit * _size(shrink)
+        found["linear_weight"] = g.T @ features + shrink, error
     if "linear_bias" in plain:
         found["linear_bias"] = g.sum(axis=0), g_error.sum()
     if plain.get("inputs_grad"):

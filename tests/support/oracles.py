@@ -103,7 +103,7 @@ def cross_entropy_with_grad(
     z_loss=0.0, reduction="mean", normalizer=None,
 ):  # fmt: skip
     num_classes = logits.shape[1]
-    s, t, divisor = _shares(target, num_classes, weight, sample_weight, ignore_index)
+    s, t, divisor = shares(target, num_classes, weight, sample_weight, ignore_index)
     t = (1 - LONG(label_smoothing)) * t + LONG(label_smoothing) / num_classes
     wt = t if weight is None else t * weight.astype(LONG)
     rows = Rows(np.where(s[:, None] == 0, 0, logits))
@@ -112,20 +112,23 @@ def cross_entropy_with_grad(
     lse, z = rows.lse, LONG(z_loss)
     lse_error = np.abs(rows.maximum) + rows.log_sum * (1 + rows.second / 10)
     loss = s * (terms.sum(axis=1) + z * lse**2)
-    allowance = s * ((terms * rows.slack).sum(axis=1) + 2 * z * np.abs(lse) * lse_error)
+    size = np.abs(s)
+    allowance = size * ((abs(terms) * rows.slack).sum(axis=1) + 2 * z * np.abs(lse) * lse_error)
 
     # A p_c - wt_c, with A = sum(wt) + 2 z lse, put so that nothing cancels where p_c is near 1.
     others, slope = wt.sum(axis=1, keepdims=True) - wt, (2 * z * lse)[:, None]
     grad = others * rows.p - wt * rows.one_minus_p + slope * rows.p
     # Held against the largest entry, with the rounding of x - m that its probability carries.
+    share = np.abs(wt)
+    others = share.sum(axis=1, keepdims=True) - share
     slack = 1 + rows.distance / 10
     complement_slack = np.where(rows.distance == 0, 1 + rows.second[:, None] / 10, 1)
-    entry = (others + np.abs(slope)) * rows.p * slack + wt * rows.one_minus_p * complement_slack
+    entry = (others + np.abs(slope)) * rows.p * slack + share * rows.one_minus_p * complement_slack
     entry = 2 * entry.max(axis=1, initial=0)
     if label_smoothing or z_loss or target.dtype.kind not in "iu":
         # A p_c and wt_c may cancel where p is near t, which then leaves their rounding.
-        entry = entry + (wt * rows.p).max(axis=1, initial=0) / 8
-    grad_allowance = np.broadcast_to(s[:, None] * entry[:, None], grad.shape)
+        entry = entry + (share * rows.p).max(axis=1, initial=0) / 8
+    grad_allowance = np.broadcast_to(size[:, None] * entry[:, None], grad.shape)
     return _reduce(
         loss, allowance, s[:, None] * grad, grad_allowance, divisor, reduction, normalizer
     )
@@ -139,13 +142,13 @@ def nll_loss_with_grad(
     log_probs, target, *, weight=None, sample_weight=None, ignore_index=-100, reduction="mean",
     normalizer=None,
 ):  # fmt: skip
-    s, t, divisor = _shares(target, log_probs.shape[1], weight, sample_weight, ignore_index)
+    s, t, divisor = shares(target, log_probs.shape[1], weight, sample_weight, ignore_index)
     wt = s[:, None] * (t if weight is None else t * weight.astype(LONG))
     loss = -np.where(wt == 0, 0, wt * log_probs.astype(LONG)).sum(axis=1)
-    return _reduce(loss, np.abs(loss), -wt, wt, divisor, reduction, normalizer)
+    return _reduce(loss, np.abs(loss), -wt, np.abs(wt), divisor, reduction, normalizer)
 
 
-def _shares(target, num_classes, weight, sample_weight, ignore_index):
+def shares(target, num_classes, weight, sample_weight, ignore_index):
     """The weight of each row, its distribution over classes, and the divisor of the mean."""
     s = np.ones(len(target), LONG) if sample_weight is None else sample_weight.astype(LONG)
     if target.dtype.kind not in "iu":
@@ -164,8 +167,8 @@ def _reduce(loss, allowance, grad, grad_allowance, divisor, reduction, normalize
         divisor = divisor if normalizer is None else LONG(normalizer)
         if not divisor:
             return Bounded(LONG(np.nan), LONG(0)), Bounded(0 * grad, 0 * grad)
-        grad, grad_allowance = grad / divisor, grad_allowance / divisor
-        loss, allowance = loss.sum() / divisor, allowance.sum() / divisor
+        grad, grad_allowance = grad / divisor, grad_allowance / abs(divisor)
+        loss, allowance = loss.sum() / divisor, allowance.sum() / abs(divisor)
     elif reduction == "sum":
         loss, allowance = loss.sum(), allowance.sum()
     return Bounded(loss, allowance), Bounded(grad, grad_allowance)

@@ -12,27 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastloss import _backend, _reference
-from fastloss._bench import as_dtype, ulp
 from fastloss._contract import Kernels, Labels, Loss, Options
+from fastloss._operations import VARIANTS, Operation, Variant
+from fastloss._tools.measure import as_dtype, ulp
 
 CLASSES = (1, 2, 3, 17, 64, 65, 1000, 3000)
 _IGNORED = -100
 _SCALE = 0.37  # the factor on the gradients: any number that is not a power of two
 _MAX_GAP = 200.0  # a probability so far below the maximum is 0 in float32
 
-_MAPS = ("softmax", "log_softmax", "logsumexp")
-_BACKWARD = {"softmax_backward": "probs", "log_softmax_backward": "log_probs"}
-_OPTIONS: dict[str, dict[str, Any]] = {  # weighted, label_smoothing, z_loss
-    "cross_entropy": {},
-    "cross_entropy weighted": {"weighted": True},
-    "cross_entropy smoothed": {"weighted": True, "label_smoothing": 0.1},
-    "cross_entropy z_loss": {"z_loss": 0.01},
-    "cross_entropy soft": {},
-    "cross_entropy soft all": {"weighted": True, "label_smoothing": 0.1, "z_loss": 0.01},
-    "nll_loss": {},
-    "nll_loss weighted": {"weighted": True},
-}
-OPERATIONS = (*_MAPS, *_BACKWARD, "check_target", *_OPTIONS)
+CHECKED = (*VARIANTS, "check_target")
 
 Arrays = dict[str, np.ndarray]
 
@@ -82,7 +71,7 @@ def run(kernels: Mapping[str, Kernels], classes: Sequence[int] = CLASSES) -> Ite
             for num_classes in classes
             for shape, threads, edges in _layouts(num_classes)
         ]
-        for operation in OPERATIONS:
+        for operation in CHECKED:
             worst, where = dict.fromkeys(kernels, 0.0), dict.fromkeys(kernels, "")
             for problem in problems:
                 expected = problem.call(_reference, operation)
@@ -149,56 +138,53 @@ class Problem:
         return f"(outer, C, inner) = {self.shape}{' with NaN and inf' * self.edges}"
 
     def call(self, kernels: Kernels, operation: str) -> Arrays:
-        """The outputs of one operation by name."""
+        """The outputs of one variant, or of check_target, by name."""
         if operation == "check_target":
             return self._check_target(kernels)
-        if operation in _MAPS:
-            return self._map(getattr(kernels, operation), self.logits)
-        if operation in _BACKWARD:
-            forward = getattr(self, _BACKWARD[operation])
-            return self._map(getattr(kernels, operation), self.grad_output, forward)
-        return self._loss(kernels, operation)
+        variant = VARIANTS[operation]
+        kernel = getattr(kernels, variant.operation.name)
+        if variant.operation.family == "loss":
+            return self._loss(kernel, variant)
+        return self._map(kernel, variant.operation)
 
     def _check_target(self, kernels: Kernels) -> Arrays:
         bad = self.target.copy()
         bad[-1, 0] = self.shape[1]
-        problems = {
-            "count": Labels(self.target, None, None),
-            "sum of weights": Labels(self.target, self.weight, self.sample_weight),
-            "out of range": Labels(bad, None, None),
-        }
+        weighted = Labels(self.target, self.weight, self.sample_weight)
+        checks = [
+            kernels.check_target(labels, Options(_IGNORED), self.shape[1], self.threads)
+            for labels in (Labels(self.target, None, None), weighted, Labels(bad, None, None))
+        ]
         return {
-            name: np.array(
-                kernels.check_target(labels, Options(_IGNORED), self.shape[1], self.threads),
-                np.float64,
-            )
-            for name, labels in problems.items()
+            "count": np.array(checks[0], np.float64),
+            "sum of weights": np.array(checks[1], np.float64),
+            "out of range": np.array(checks[2].bad, np.float64),
         }
 
-    def _map(self, function: Any, *inputs: np.ndarray) -> Arrays:
-        if function.__name__ == "logsumexp":
+    def _map(self, kernel: Any, operation: Operation) -> Arrays:
+        inputs = [getattr(self, name) for name in operation.inputs]
+        if operation.returns == "rows":
             out = np.empty(self.rows, self.dtype)
-            function(*inputs, out, self.threads)
+            kernel(*inputs, out, self.threads)
             return {"result": out}
         out, same = np.empty(self.shape, self.dtype), inputs[-1].copy()
-        function(*inputs, out, self.threads)
-        function(*inputs[:-1], same, same, self.threads)
+        kernel(*inputs, out, self.threads)
+        kernel(*inputs[:-1], same, same, self.threads)
         return {"result": out, "result in place": same}
 
-    def _loss(self, kernels: Kernels, operation: str) -> Arrays:
-        name, options = operation.split()[0], dict(_OPTIONS[operation])
-        weighted = options.pop("weighted", False)
+    def _loss(self, kernel: Loss, variant: Variant) -> Arrays:
         labels = Labels(
-            self.soft_target if "soft" in operation else self.target,
-            self.weight if weighted else None,
-            self.sample_weight if weighted else None,
+            self.soft_target if variant.soft else self.target,
+            *(
+                getattr(self, name) if name in variant.arrays else None
+                for name in Labels._fields[1:]
+            ),
         )
-        common = labels, Options(_IGNORED, **options)
-        scores = self.log_probs if name == "nll_loss" else self.logits
+        common = labels, Options(_IGNORED, **variant.options)
+        scores = getattr(self, variant.operation.scores)
 
         losses, alone = np.empty((2, *self.rows), self.real)
         grad, same = np.empty(self.shape, self.dtype), scores.copy()
-        kernel: Loss = getattr(kernels, name)
         total = kernel(scores, *common, _SCALE, losses, grad, self.threads)
         kernel(same, *common, _SCALE, None, same, self.threads)
         kernel(scores, *common, 1.0, alone, None, self.threads)
@@ -226,7 +212,7 @@ class Problem:
             return unit * (1 + gap / 10) * size
         if operation == "logsumexp":  # m + log(s) may cancel
             return unit * np.maximum(size, np.abs(m[:, 0]))
-        if operation in _BACKWARD:  # so may the difference there
+        if operation.endswith("_backward"):  # so may the difference there
             g, p = np.abs(self.grad_output.astype(np.float64)), self.probs.astype(np.float64)
             if operation == "softmax_backward":
                 bound = p * (g + (g * p).sum(axis=1, keepdims=True))

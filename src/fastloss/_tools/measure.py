@@ -23,7 +23,8 @@ import numba
 import numpy as np
 
 import fastloss as fl
-from fastloss import _backend, _threads
+from fastloss import _backend, _operations, _threads
+from fastloss._operations import Operation, Variant
 
 BACKENDS = ("cython", "numba")
 CHOICES = (*BACKENDS, "numpy")
@@ -146,6 +147,14 @@ class Data:
         return np.random.default_rng(2).uniform(0.5, 2.0, self.shape[self.axis])
 
     @functools.cached_property
+    def sample_weight(self) -> np.ndarray:
+        return np.random.default_rng(5).uniform(0.5, 2.0, self.target.shape)
+
+    @functools.cached_property
+    def rows_out(self) -> np.ndarray:
+        return np.zeros(self.target.shape, self.dtype)
+
+    @functools.cached_property
     def probabilities(self) -> np.ndarray:
         return fl.softmax(self._normal(3, 1.0), self.axis)
 
@@ -182,6 +191,9 @@ class _Sample(Data):
     log_probs = functools.cached_property(lambda self: self._picked("log_probs"))
     target = functools.cached_property(lambda self: self._whole.target.reshape(-1)[self._rows])
     weight = functools.cached_property(lambda self: self._whole.weight)
+    sample_weight = functools.cached_property(
+        lambda self: self._whole.sample_weight.reshape(-1)[self._rows]
+    )
 
 
 def pick(array: np.ndarray, axis: int, rows: np.ndarray) -> np.ndarray:
@@ -206,7 +218,7 @@ def need(module: str) -> Any:
         ) from error
 
 
-class Operation(NamedTuple):
+class Measured(NamedTuple):
     """A public function on `Data`, and the least that it must move in passes over the logits."""
 
     copies: int
@@ -222,59 +234,94 @@ class Operation(NamedTuple):
         return (2 * self.copies + self.reads) * nbytes
 
 
-def _map(function: Callable[..., np.ndarray], *names: str) -> Callable[..., Result]:
+def _measured(operation: Operation) -> Iterator[tuple[str, Measured]]:
+    """An operation by the names that `--operation` takes."""
+    name = operation.name
+    if operation.family == "map":
+        copies, reads = (1, 0) if operation.returns == "logits" else (0, 1)
+        yield name, Measured(copies, reads, _map(operation))
+    elif operation.family == "backward":
+        yield name, Measured(1, 1, _map(operation), _upstream_terms(operation))
+    elif operation.scores == "logits":  # log-probabilities are only looked up: that has no limit
+        yield name, Measured(0, 1, _loss(next(iter(operation.variants))))
+        for variant in operation.variants:
+            title = "+" * bool(variant.title) + variant.title.replace(" ", "+")
+            reads = 1 if variant.soft else 0
+            run, terms = _with_grad(variant), _target_terms(variant)
+            yield f"{name}_with_grad{title}", Measured(1, reads, run, terms)
+
+
+def _map(operation: Operation) -> Callable[..., Result]:
+    function = getattr(fl, operation.name)
+
     def run(data: Data, **how: Any) -> Result:
-        inputs = [getattr(data, name) for name in names]
-        return None, function(*inputs, data.axis, out=data.out, **how)
+        inputs = [getattr(data, name) for name in operation.inputs]
+        if operation.returns == "logits":
+            return None, function(*inputs, data.axis, out=data.out, **how)
+        rows = function(*inputs, data.axis, out=data.rows_out, **how)
+        return None, np.expand_dims(rows, data.axis)
 
     return run
 
 
-def _loss(data: Data, **how: Any) -> Result:
-    loss = fl.cross_entropy(
-        data.logits, data.target, axis=data.axis, normalizer=data.normalizer, **how
-    )
-    return float(loss), None
+def _loss(variant: Variant) -> Callable[..., Result]:
+    function = getattr(fl, variant.operation.name)
 
-
-def _with_grad(
-    target: str = "target", options: Callable[[Data], Mapping[str, Any]] = lambda data: {}
-) -> Callable[..., Result]:
     def run(data: Data, **how: Any) -> Result:
-        loss, grad = fl.cross_entropy_with_grad(
-            data.logits, getattr(data, target), axis=data.axis, normalizer=data.normalizer,
-            out=data.out, **options(data), **how,
-        )  # fmt: skip
+        return float(function(*_arrays(data, variant), **_keywords(data, variant), **how)), None
+
+    return run
+
+
+def _with_grad(variant: Variant) -> Callable[..., Result]:
+    function = getattr(fl, f"{variant.operation.name}_with_grad")
+
+    def run(data: Data, **how: Any) -> Result:
+        loss, grad = function(
+            *_arrays(data, variant), out=data.out, **_keywords(data, variant), **how
+        )
         return float(loss), grad
 
     return run
 
 
-_SMOOTHING = 0.1
-_WEIGHTED = _with_grad(options=lambda data: {"weight": data.weight, "label_smoothing": _SMOOTHING})
-_Z_LOSS = _with_grad(options=lambda data: {"z_loss": 1e-4})
+def _arrays(data: Data, variant: Variant) -> list[np.ndarray]:
+    scores, target = variant.operation.inputs
+    return [getattr(data, scores), data.probabilities if variant.soft else getattr(data, target)]
+
+
+def _keywords(data: Data, variant: Variant) -> dict[str, Any]:
+    arrays = {name: getattr(data, name) for name in variant.arrays}
+    return {"axis": data.axis, "normalizer": data.normalizer, **arrays, **variant.options}
+
+
+def _upstream_terms(operation: Operation) -> Callable[[Data], np.ndarray]:
+    if operation.name == "softmax_backward":
+        return lambda data: data.grad_output * data.probs
+    return lambda data: data.grad_output
+
+
+def _target_terms(variant: Variant) -> Callable[[Data], np.ndarray] | None:
+    """What is spread over all classes and taken off a multiple of p."""
+    smoothing = variant.options.get("label_smoothing", 0.0)
+    if not variant.soft and not smoothing:
+        return None
+
+    def terms(data: Data) -> np.ndarray:
+        uniform = smoothing / data.shape[data.axis]
+        t = (1 - smoothing) * data.probabilities + uniform if variant.soft else uniform
+        weights = [data.weight, data.sample_weight[:, None]] if variant.arrays else [1.0, 1.0]
+        result: np.ndarray = t * weights[0] * weights[1] / data.normalizer * np.ones(data.shape)
+        return result
+
+    return terms
+
+
 OPERATIONS = {
-    "softmax": Operation(1, 0, _map(fl.softmax, "logits")),
-    "log_softmax": Operation(1, 0, _map(fl.log_softmax, "logits")),
-    "cross_entropy": Operation(0, 1, _loss),
-    "cross_entropy_with_grad": Operation(1, 0, _with_grad()),
-    "cross_entropy_with_grad+weighted": Operation(
-        1, 0, _WEIGHTED,
-        lambda data: _SMOOTHING * data.weight[None] / data.weight.size / data.normalizer,
-    ),
-    "cross_entropy_with_grad+z_loss": Operation(1, 0, _Z_LOSS),
-    "cross_entropy_with_grad+soft": Operation(
-        1, 1, _with_grad("probabilities"), lambda data: data.probabilities / data.normalizer
-    ),
-    "softmax_backward": Operation(
-        1, 1, _map(fl.softmax_backward, "grad_output", "probs"),
-        lambda data: data.grad_output * data.probs,
-    ),
-    "log_softmax_backward": Operation(
-        1, 1, _map(fl.log_softmax_backward, "grad_output", "log_probs"),
-        lambda data: data.grad_output,
-    ),
-}  # fmt: skip
+    name: measured
+    for operation in _operations.OPERATIONS.values()
+    for name, measured in _measured(operation)
+}
 DEFAULT_OPERATIONS = ("cross_entropy_with_grad", "cross_entropy", "softmax", "log_softmax")
 
 

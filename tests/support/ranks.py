@@ -29,6 +29,7 @@ OPTIONS = {
     "z-loss": {"z_loss": 0.3},
     "negative slope": {"z_loss": 30.0, "shift": -40.0},
     "ignored": {"ignore_index": IGNORED},
+    "ignored by default": {"ignored": -100},
     "all ignored": {"ignore_index": IGNORED, "target": IGNORED},
     "normalizer": {"normalizer": 3.5, "ignore_index": IGNORED},
     "everything": {
@@ -76,7 +77,7 @@ def case(name, dtype):
     scores = (scores + options.pop("shift", 0.0)).to(dtype)
     target = torch.randint(CLASSES, rows, generator=generator)
     if target.dim() == 1 and target.numel():
-        target[3] = IGNORED
+        target[3] = options.pop("ignored", IGNORED)
         target[4] = scores[4].argmax()
     target = torch.full_like(target, options.pop("target", 0)) if "target" in options else target
     upstream = options.pop("upstream", None)
@@ -202,7 +203,7 @@ def loss_of_a_killed_rank():
 
 def example():
     """examples/torch_language_model.py"""
-    path = Path(__file__).parents[1] / "examples" / "torch_language_model.py"
+    path = Path(__file__).parents[2] / "examples" / "torch_language_model.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,0 +1,88 @@
+"""The table of operations: what each is called, takes and returns.  One list for everyone.
+
+The self-check and the benchmark (``_tools``), the figures of accuracy and the tests make their
+cases from it; what an operation computes is said by ``_reference`` for the kernels and by the
+tests' own oracles for both.
+
+A new row needs, in this order: its oracle in ``tests/support/oracles.py``, its kernel in
+``_reference.py``, in ``_numba`` and in ``_kernels`` (a scalar step, where it is a loss of index
+targets), its name in ``_contract.Kernels`` and its public functions in ``functional.py``, exported
+by ``__init__.py``.  CONTRIBUTING.md goes through it.
+"""
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+_NOTHING: Mapping[str, float] = MappingProxyType({})
+
+
+class Operation(NamedTuple):
+    """A public function, and the kernel of the same name."""
+
+    name: str
+    family: Literal["map", "backward", "loss"]  # a loss comes with NAME_with_grad
+    inputs: tuple[str, ...]  # arrays, positional; the last but for a target are the scores
+    returns: Literal["logits", "rows"]  # one number for every score, or for every row
+    arrays: tuple[str, ...] = ()  # more of them, optional
+    options: Mapping[str, float] = _NOTHING  # numbers, optional, and a value of each to try it with
+    soft: bool = False  # whether the target may hold probabilities
+
+    @property
+    def scores(self) -> str:
+        """What the input is called that `out` may lie in, and that decides the dtype."""
+        return self.inputs[0] if self.family == "loss" else self.inputs[-1]
+
+    @property
+    def variants(self) -> "Iterator[Variant]":
+        """With nothing optional, with all arrays, with each number, with everything."""
+        yield Variant(self, "")
+        if self.arrays:
+            yield Variant(self, "weights", self.arrays)
+        for option, value in self.options.items():
+            yield Variant(self, option, (), {option: value})
+        if self.options:
+            yield Variant(self, "all", self.arrays, self.options)
+        if self.soft:
+            yield Variant(self, "soft", soft=True)
+            yield Variant(self, "soft all", self.arrays, self.options, soft=True)
+
+
+class Variant(NamedTuple):
+    """A way to call an operation."""
+
+    operation: Operation
+    title: str
+    arrays: tuple[str, ...] = ()
+    options: Mapping[str, float] = _NOTHING
+    soft: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.operation.name} {self.title}".rstrip()
+
+
+_WEIGHTS = ("weight", "sample_weight")
+OPERATIONS = {
+    operation.name: operation
+    for operation in [
+        Operation("softmax", "map", ("logits",), "logits"),
+        Operation("log_softmax", "map", ("logits",), "logits"),
+        Operation("logsumexp", "map", ("logits",), "rows"),
+        Operation("softmax_backward", "backward", ("grad_output", "probs"), "logits"),
+        Operation("log_softmax_backward", "backward", ("grad_output", "log_probs"), "logits"),
+        Operation(
+            "cross_entropy", "loss", ("logits", "target"), "rows", _WEIGHTS,
+            {"label_smoothing": 0.1, "z_loss": 0.01}, soft=True,
+        ),
+        Operation("nll_loss", "loss", ("log_probs", "target"), "rows", _WEIGHTS),
+    ]
+}  # fmt: skip
+
+
+def of_family(*families: str) -> list[Operation]:
+    return [operation for operation in OPERATIONS.values() if operation.family in families]
+
+
+VARIANTS = {
+    str(variant): variant for operation in OPERATIONS.values() for variant in operation.variants
+}

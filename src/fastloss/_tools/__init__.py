@@ -1,0 +1,1 @@
+"""What ``python -m fastloss`` runs: the self-check, the benchmark, its peers and its report."""
