@@ -1,0 +1,206 @@
+"""Numbers: exponentials, logarithms, half types.
+
+exp(x) is 2**n exp(r), n the integer nearest to x / ln 2.  What is kept of a class is the
+exponential 2**(n - N + shift) exp(r) = 2**shift exp(x) / 2**N, N being the n of the row's
+maximum: a power of two as the reference costs nothing and rounds nothing, where x - maximum
+would round.  The shift, 32 or 64, keeps what may still come out as a subnormal result a normal
+number.  Rows whose maximum is large use x - maximum, which is exact there for all classes that
+are not negligible.
+"""
+
+import numpy as np
+from numba import types
+
+from fastloss._numba.jit import fused, inline, typed, typed_fused
+from fastloss._numba.machine import HAS_F16C, convert_half
+
+
+@inline
+def tiny_of(numbers):
+    """The smallest normal number of an array's type."""
+    return 1.1754943508222875e-38 if numbers.itemsize == 4 else 2.2250738585072014e-308
+
+
+@inline
+def huge_of(numbers):
+    """So far from the end of the range that it takes nothing above the largest number there."""
+    return 2.0**100 if numbers.itemsize == 4 else 2.0**970
+
+
+@inline
+def power_of(numbers):
+    """What takes an exponential back to what it stands for: 2**-shift."""
+    return numbers.dtype.type(2.0**-32 if numbers.itemsize == 4 else 2.0**-64)
+
+
+@typed
+def pivot_of(maximum):
+    """What is taken off x: 0, or the maximum where that is large (or inf: then all is NaN)."""
+    limit, zero = (np.float32(256), np.float32(0)) if maximum == types.float32 else (2048.0, 0.0)
+    return lambda maximum: zero if abs(maximum) < limit else maximum
+
+
+@typed
+def magic_of(maximum):
+    """A number to which x / ln 2 is added: that rounds it, and leaves n - N in the low bits.
+
+    Not fused: whatever the compiler makes of the caller, all callers must come to the same N.
+    """
+
+    def magic_of_32(maximum):
+        x = maximum if pivot_of(maximum) == np.float32(0) else np.float32(0)
+        # Adding 1.5 * 2**23 rounds to an integer.
+        shifted = x * np.float32(1.44269504) + np.float32(12582912.0)
+        return np.float32(12582912.0 + 127 + 32) - (shifted - np.float32(12582912.0))
+
+    def magic_of_64(maximum):
+        x = maximum if pivot_of(maximum) == 0.0 else 0.0
+        shifted = x * 1.4426950408889634 + 6755399441055744.0  # 1.5 * 2**52
+        return (6755399441055744.0 + 1023 + 64) - (shifted - 6755399441055744.0)
+
+    return magic_of_32 if maximum == types.float32 else magic_of_64
+
+
+@typed
+def lowest_of(magic):
+    """The x whose n - N is the exponent of 0."""
+    if magic == types.float32:
+        return lambda magic: (np.float32(12582912.0) - magic) * np.float32(0.693147181)
+    return lambda magic: (6755399441055744.0 - magic) * 0.69314718055994531
+
+
+@typed_fused
+def exponential(x, pivot, magic, lowest):
+    """2**(shift - N) * exp(x - pivot); 0 where that is negligible; NaN for NaN."""
+    return _exponential_32 if x == types.float32 else _exponential_64
+
+
+def _exponential_32(x, pivot, magic, lowest):
+    d = x - pivot
+    d = lowest if d < lowest else d
+    shifted = d * np.float32(1.44269504) + magic
+    n = shifted - magic
+    r = n * np.float32(-0.693145751953125) + d
+    r = n * np.float32(-1.42860682e-6) + r
+    p = np.float32(0.00131687098951) * r + np.float32(0.00835358145597)
+    p = p * r + np.float32(0.0416763574161)
+    p = p * r + np.float32(0.166667094605)
+    p = p * r + np.float32(0.499999918849)
+    p = p * r + np.float32(1.0)
+    p = p * r + np.float32(1.0)
+    # A product, not a sum of exponents: NaN stays NaN.
+    return p * np.uint32(np.float32(shifted).view(np.uint32) << np.uint32(23)).view(np.float32)
+
+
+def _exponential_64(x, pivot, magic, lowest):
+    d = x - pivot
+    d = lowest if d < lowest else d
+    shifted = d * 1.4426950408889634 + magic
+    n = shifted - magic
+    r = n * -6.93147180369123816490e-01 + d
+    r = n * -1.90821492927058770002e-10 + r
+    p = 2.5110047135431713555e-8 * r + 2.7632652169579558723e-7
+    p = p * r + 2.7557242344003567523e-6
+    p = p * r + 0.000024801487335535663603
+    p = p * r + 0.00019841269886584525699
+    p = p * r + 0.0013888888947812472924
+    p = p * r + 0.0083333333333222094146
+    p = p * r + 0.041666666666522018292
+    p = p * r + 0.16666666666666674528
+    p = p * r + 0.50000000000000102221
+    p = p * r + 1.0
+    p = p * r + 1.0
+    return p * np.uint64(np.float64(shifted).view(np.uint64) << np.uint64(52)).view(np.float64)
+
+
+@fused
+def log1p(x):
+    """log(1 + x) for x >= 0, free of branches so that it vectorises (after fdlibm's e_log.c)."""
+    u = 1.0 + x
+    back = u - 1.0
+    lost = (1.0 - (u - back)) + (x - back)
+    # u = 2**k * z with z in [sqrt(1/2), sqrt(2))
+    bits = np.float64(u).view(np.uint64)
+    k = np.uint64((bits - np.uint64(0x3FE6A09E667F3BCD)) >> np.uint64(52))
+    f = np.uint64(bits - (k << np.uint64(52))).view(np.float64) - 1.0
+    # An integer below 2**52 becomes a double through the mantissa of 2**52.
+    e = np.uint64(k | np.uint64(0x4330000000000000)).view(np.float64) - 4503599627370496.0
+    s = f / (2.0 + f)
+    z = s * s
+    w = z * z
+    t1 = w * (
+        w * (w * 1.531383769920937332e-01 + 2.222219843214978396e-01) + 3.999999999940941908e-01
+    )
+    t2 = z * (
+        w
+        * (w * (w * 1.479819860511658591e-01 + 1.818357216161805012e-01) + 2.857142874366239149e-01)
+        + 6.666666666666735130e-01
+    )
+    half = 0.5 * f * f
+    # What 1 + x rounded off, over u; it matters where u is near 1.
+    rest = lost - lost * f if u < 1.4 else 0.0
+    log_z = half - (s * (half + t1 + t2) + (e * 1.90821492927058770002e-10 + rest))
+    result = e * 6.93147180369123816490e-01 - (log_z - f)
+    return result if x <= 1.7976931348623157e308 else x  # inf and NaN pass through
+
+
+@inline
+def times(weight, value):
+    """weight * value, where 0 * inf counts as 0, and -0 as +0."""
+    return abs(weight) if weight == 0 else weight * value
+
+
+@fused
+def subtract_product(a, b, c):
+    """c - a b without a subnormal a b on the way, which would be slow."""
+    return c - a * b
+
+
+@inline
+def half_to_float(h):
+    if HAS_F16C:
+        return convert_half(h)
+    sign = (np.uint32(h) & np.uint32(0x8000)) << np.uint32(16)
+    magnitude = np.uint32(h) & np.uint32(0x7FFF)
+    normal = np.uint32((magnitude << np.uint32(13)) + np.uint32((127 - 15) << 23))
+    special = np.uint32((magnitude << np.uint32(13)) | np.uint32(0x7F800000))
+    # By way of an integer, so that a flush of denormals in the caller does not matter.
+    subnormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24)).view(np.uint32)
+    bits = subnormal if magnitude < np.uint32(0x0400) else normal
+    bits = special if magnitude >= np.uint32(0x7C00) else bits
+    return np.uint32(bits | sign).view(np.float32)
+
+
+@inline
+def float_to_half(x):
+    """To nearest, ties to even."""
+    if HAS_F16C:
+        return convert_half(x)
+    bits = np.float32(x).view(np.uint32)
+    sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+    normal = np.uint32(np.uint32(magnitude + np.uint32(0xC8000FFF) + odd) >> np.uint32(13))
+    # Adding 0.5 moves the last bit of a half subnormal to the last bit of the float.
+    moved = np.float32(np.uint32(magnitude).view(np.float32) + np.float32(0.5))
+    subnormal = np.uint32(moved.view(np.uint32) - np.uint32(0x3F000000))
+    special = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else np.uint32(0x7C00)
+    result = subnormal if magnitude < np.uint32(0x38800000) else normal
+    result = special if magnitude >= np.uint32(0x477FF000) else result
+    return np.uint16(result | sign)
+
+
+@inline
+def bfloat_to_float(b):
+    return np.uint32(np.uint32(b) << np.uint32(16)).view(np.float32)
+
+
+@inline
+def float_to_bfloat(x):
+    """To nearest, ties to even."""
+    bits = np.float32(x).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    nan = np.uint32((bits >> np.uint32(16)) | np.uint32(0x40))
+    is_nan = np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint16(nan if is_nan else rounded)

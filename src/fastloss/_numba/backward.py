@@ -1,0 +1,195 @@
+"""The backward functions of softmax, p (g - sum g p), and of log_softmax, g - exp(log_p) sum g."""
+
+import numpy as np
+
+from fastloss._numba.arithmetic import (
+    exponential,
+    huge_of,
+    lowest_of,
+    magic_of,
+    pivot_of,
+    power_of,
+    subtract_product,
+    tiny_of,
+)
+from fastloss._numba.blocks import dot_block, sum_block
+from fastloss._numba.jit import inline
+from fastloss._numba.machine import lanes
+from fastloss._numba.memory import load_block
+from fastloss._numba.rows import largest_of_rows, row_scratch, store_rows
+from fastloss._numba.tiles import largest_in_lanes
+from fastloss._numba.types import (
+    BLOCK,
+    CHUNK,
+    HUGE_UNIT,
+    LANES,
+    LOG_SOFTMAX_BACKWARD,
+    MAXIMUM,
+    OTHERS,
+    RUN,
+)
+
+
+@inline
+def backward_rows(g, p, out, r, scratch, first, n, plan):
+    buffer, line, kept = row_scratch(scratch)
+    num_classes, storage = plan.num_classes, plan.storage
+    log_probs = plan.operation == LOG_SOFTMAX_BACKWARD
+    real = scratch.dtype.type
+    if log_probs:
+        largest_of_rows(p, first, n, plan, r, buffer)
+    for i in range(n):
+        start = (first + i) * plan.row_step
+        total = 0.0
+        for c in range(0, num_classes, BLOCK):
+            width = min(BLOCK, num_classes - c)
+            upstream = load_block(g, start + c, width, buffer, storage)
+            if log_probs:
+                total += sum_block(upstream)
+            else:
+                total += dot_block(upstream, load_block(p, start + c, width, line, storage))
+        huge = is_huge(total, scratch)
+        if huge:
+            total = 0.0
+            for c in range(0, num_classes, BLOCK):
+                width = min(BLOCK, num_classes - c)
+                upstream = load_block(g, start + c, width, buffer, storage)
+                forward = load_block(p, start + c, width, line, storage)
+                total += huge_sum(upstream, forward, 1, width, log_probs)
+        m = reference_above(real(r[MAXIMUM + i] if log_probs else 0.0))
+        pivot, magic = pivot_of(m), magic_of(m)
+        lowest, unit = lowest_of(magic), unit_of(m)
+        shrink = shrink_for(total, unit, scratch) if log_probs else 1.0
+        f = real(total * (1 / shrink) * unit if log_probs else total)
+        for c in range(0, num_classes, BLOCK):
+            width = min(BLOCK, num_classes - c)
+            upstream = load_block(g, start + c, width, buffer, storage)
+            forward = load_block(p, start + c, width, line, storage)
+            to = kept[i * num_classes + c : i * num_classes + c + width]
+            if huge:
+                huge_difference(
+                    upstream, forward, to, 1, width, pivot, magic, lowest, unit, total, log_probs
+                )
+            elif log_probs:
+                log_softmax_vjp(upstream, forward, pivot, magic, lowest, real(shrink), f, to)
+            else:
+                softmax_vjp(upstream, forward, f, to)
+    store_rows(out, first, kept, n, plan)
+
+
+@inline
+def softmax_vjp(g, p, total, to):
+    for i in range(to.size):
+        to[i] = p[i] * (g[i] - total)
+
+
+@inline
+def log_softmax_vjp(g, log_p, pivot, magic, lowest, shrink, total, to):
+    for i in range(to.size):
+        e = exponential(log_p[i], pivot, magic, lowest)
+        to[i] = subtract_product(e * shrink, total, g[i])
+
+
+@inline
+def backward_tile(tile, upstreams, r, plan):
+    num_classes, step = plan.num_classes, plan.step
+    log_probs = plan.operation == LOG_SOFTMAX_BACKWARD
+    pivot, magic, lowest = lanes(tile), lanes(tile), lanes(tile)
+    lane, f, shrink = lanes(tile), lanes(tile), lanes(tile)
+    real = tile.dtype.type
+    for j in range(LANES):
+        lane[j] = 0
+        r[OTHERS + j] = 0.0
+    for c in range(num_classes):
+        forward = tile[c * step : c * step + LANES]
+        upstream = upstreams[c * step : c * step + LANES]
+        for j in range(LANES):
+            lane[j] += upstream[j] if log_probs else upstream[j] * forward[j]
+        if c % RUN == RUN - 1 or c == num_classes - 1:
+            for j in range(LANES):
+                r[OTHERS + j] += np.float64(lane[j])
+                lane[j] = 0
+    if log_probs:
+        largest_in_lanes(tile, r, plan)
+    for j in range(LANES):
+        m = reference_above(real(r[MAXIMUM + j] if log_probs else 0.0))
+        pivot[j], magic[j] = pivot_of(m), magic_of(m)
+        lowest[j], unit = lowest_of(magic[j]), unit_of(m)
+        total = r[OTHERS + j]
+        if is_huge(total, tile):
+            # The result takes the place of g, and what follows leaves that alone.
+            g, forward = upstreams[j:], tile[j:]
+            total = huge_sum(g, forward, step, num_classes, log_probs)
+            huge_difference(
+                g, forward, g, step, num_classes, pivot[j], magic[j], lowest[j], unit, total,
+                log_probs,
+            )  # fmt: skip
+            for c in range(0 if log_probs else num_classes):
+                forward[c * step] = 1
+            total = 0.0
+        factor = shrink_for(total, unit, tile) if log_probs else 1.0
+        shrink[j] = factor
+        f[j] = total * (1 / factor) * unit if log_probs else total
+    for c in range(num_classes):
+        forward = tile[c * step : c * step + LANES]
+        upstream = upstreams[c * step : c * step + LANES]
+        if log_probs:
+            for j in range(LANES):
+                e = exponential(forward[j], pivot[j], magic[j], lowest[j])
+                forward[j] = subtract_product(e * shrink[j], f[j], upstream[j])
+        else:
+            for j in range(LANES):
+                forward[j] = forward[j] * (upstream[j] - f[j])
+
+
+@inline
+def reference_above(maximum):
+    """Log-probabilities are at most 0, but the formulas hold for any: a reference for both."""
+    return max(maximum, type(maximum)(0))
+
+
+@inline
+def unit_of(m):
+    """What an exponential with reference m is multiplied by to give exp(x)."""
+    magic = magic_of(m)
+    return np.exp(np.float64(m)) / np.float64(exponential(m, pivot_of(m), magic, lowest_of(magic)))
+
+
+@inline
+def shrink_for(total, unit, numbers):
+    """A power of two for exponentials, so that total * unit over it is normal; mostly 1."""
+    # That product may be subnormal, and is slow then; so is a quotient of a subnormal number.
+    small = abs(total) < tiny_of(numbers) / unit
+    return np.float64(power_of(numbers) if small else 1)
+
+
+@inline
+def is_huge(total, numbers):
+    """Whether a sum of upstream gradients is out of range, or near enough to its end."""
+    return not abs(total) < huge_of(numbers)
+
+
+@inline
+def huge_sum(g, p, step, n, log_probs):
+    """HUGE_UNIT times the sum of g, or without log_probs of g p: what overflows elsewhere."""
+    total = 0.0
+    for start in range(0, n, CHUNK):
+        part = 0.0
+        for i in range(start, min(start + CHUNK, n)):
+            factor = 1.0 if log_probs else np.float64(p[i * step])
+            part += HUGE_UNIT * np.float64(g[i * step]) * factor
+        total += part
+    return total
+
+
+@inline
+def huge_difference(g, forward, to, step, n, pivot, magic, lowest, unit, total, log_probs):
+    """What the backward functions say, the sum being total / HUGE_UNIT, without overflow."""
+    for i in range(n):
+        value = HUGE_UNIT * np.float64(g[i * step])
+        if log_probs:
+            e = exponential(forward[i * step], pivot, magic, lowest)
+            value -= unit * np.float64(e) * total
+        else:
+            value = np.float64(forward[i * step]) * (value - total)
+        to[i * step] = value / HUGE_UNIT

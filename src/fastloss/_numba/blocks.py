@@ -1,0 +1,202 @@
+"""Blocks: runs of at most BLOCK elements, taken in chunks."""
+
+import numpy as np
+from numba import types
+
+from fastloss._numba.arithmetic import exponential, lowest_of, times
+from fastloss._numba.jit import inline, summing, typed
+from fastloss._numba.machine import lanes
+from fastloss._numba.memory import fetch
+from fastloss._numba.types import CHUNK, LANES
+
+
+@inline
+def pad(x, skip, chunk):
+    """The elements of x in a chunk, -inf behind them and at skip."""
+    for j in range(CHUNK):
+        chunk[j] = -np.inf
+    for j in range(min(x.size, CHUNK)):
+        chunk[j] = x[j]
+    if 0 <= skip < CHUNK:
+        chunk[skip] = -np.inf
+
+
+@typed
+def largest_lane(lane):
+    """The maximum of a chunk without NaN."""
+    # b ^ ((b >> 31) & 0x7fffffff) orders the bits of floats as integers, and is its own inverse:
+    # the maximum of integers vectorises, that of floats does not.
+    wide = lane.dtype == types.float64
+    integer, real = (np.int64, np.float64) if wide else (np.int32, np.float32)
+    shift = integer(63 if wide else 31)
+    mask = integer(np.iinfo(integer).max)
+    lowest = integer(np.iinfo(integer).min)
+
+    def largest_lane(lane):
+        bits = lane.view(integer)
+        m = lowest
+        for i in range(CHUNK):
+            b = bits[i]
+            m = max(m, b ^ ((b >> shift) & mask))
+        return integer(m ^ ((m >> shift) & mask)).view(real)
+
+    return largest_lane
+
+
+@inline
+def largest(x):
+    """The maximum, NaN left aside."""
+    lane = lanes(x)
+    for j in range(CHUNK):
+        lane[j] = -np.inf
+    whole = x.size // CHUNK * CHUNK
+    for i in range(0, whole, CHUNK):
+        part = x[i : i + CHUNK]
+        for j in range(CHUNK):
+            lane[j] = part[j] if part[j] > lane[j] else lane[j]
+    if whole < x.size:
+        rest = lanes(x)
+        pad(x[whole:], -1, rest)
+        for j in range(CHUNK):
+            lane[j] = rest[j] if rest[j] > lane[j] else lane[j]
+    return largest_lane(lane)
+
+
+@inline
+def find(x, value):
+    """The first position of value, or the size of x."""
+    for start in range(0, x.size, LANES):
+        part = x[start : min(start + LANES, x.size)]
+        hits = 0
+        for j in range(part.size):
+            hits += part[j] == value
+        if hits:
+            for j in range(part.size):
+                if part[j] == value:
+                    return start + j
+    return x.size
+
+
+@inline
+def holds_nan(x, step, n):
+    count = 0
+    for j in range(n):
+        count += x[j * step] != x[j * step]
+    return count > 0
+
+
+@summing
+def fold(lane):
+    """The sum of a chunk, in float64."""
+    total = 0.0
+    for j in range(CHUNK):
+        total += np.float64(lane[j])
+    return total
+
+
+@inline
+def exp_block(x, skip, pivot, magic, e, later, start):
+    """The sum of the exponentials e, that at skip being 0; e has room for whole chunks.
+
+    Meanwhile the array `later` is fetched from index start on.
+    """
+    lowest = lowest_of(magic)
+    lane = lanes(e)
+    value = lanes(e)
+    rest = lanes(e)
+    holed = lanes(e)
+    whole = x.size // CHUNK
+    hole = -1
+    if whole * CHUNK < x.size:
+        pad(x[whole * CHUNK :], -1, rest)
+    if 0 <= skip < x.size:
+        hole = skip // CHUNK
+        pad(x[hole * CHUNK :], skip % CHUNK, holed)
+    for j in range(CHUNK):
+        lane[j] = 0
+    for chunk in range((x.size + CHUNK - 1) // CHUNK):
+        i = chunk * CHUNK
+        fetch(later, start + i, CHUNK)
+        if chunk == hole:
+            for j in range(CHUNK):
+                value[j] = exponential(holed[j], pivot, magic, lowest)
+        elif chunk == whole:
+            for j in range(CHUNK):
+                value[j] = exponential(rest[j], pivot, magic, lowest)
+        else:
+            source = x[i : i + CHUNK]
+            for j in range(CHUNK):
+                value[j] = exponential(source[j], pivot, magic, lowest)
+        to = e[i : i + CHUNK]
+        for j in range(CHUNK):
+            lane[j] += value[j]
+        for j in range(CHUNK):
+            to[j] = value[j]
+    return fold(lane)
+
+
+@summing
+def sum_block(e):
+    total = e.dtype.type(0)
+    for i in range(e.size):
+        total += e[i]
+    return np.float64(total)
+
+
+@summing
+def dot_block(a, b):
+    total = a.dtype.type(0)
+    for i in range(a.size):
+        total += a[i] * b[i]
+    return np.float64(total)
+
+
+@summing
+def gap_block(x, weight, m):
+    """sum of w_c (m - x_c), w_c relative; in float64 where it leaves the range of x."""
+    narrow = x.dtype.type(0)
+    if weight.size:
+        for i in range(x.size):
+            narrow += times(weight[i], m - x[i])
+    else:
+        for i in range(x.size):
+            narrow += m - x[i]
+    if narrow - narrow == 0:
+        return np.float64(narrow)
+    total = 0.0
+    for i in range(x.size):
+        w = np.float64(weight[i]) if weight.size else 1.0
+        total += times(w, np.float64(m) - np.float64(x[i]))
+    return total
+
+
+@summing
+def soft_mass(t, weight, target_share, uniform):
+    """sum of w_c t_c, w_c relative"""
+    total = t.dtype.type(0)
+    if weight.size:
+        for i in range(t.size):
+            total += weight[i] * (target_share * t[i] + uniform)
+    else:
+        for i in range(t.size):
+            total += target_share * t[i] + uniform
+    return np.float64(total)
+
+
+@summing
+def soft_gap(x, t, weight, target_share, uniform, m):
+    """sum of w_c t_c (m - x_c), w_c relative; in float64 where it leaves the range of x"""
+    narrow = x.dtype.type(0)
+    if weight.size:
+        for i in range(x.size):
+            narrow += times(weight[i] * (target_share * t[i] + uniform), m - x[i])
+    else:
+        for i in range(x.size):
+            narrow += times(target_share * t[i] + uniform, m - x[i])
+    if narrow - narrow == 0:
+        return np.float64(narrow)
+    total = 0.0
+    for i in range(x.size):
+        wt = np.float64(target_share * t[i] + uniform) * (weight[i] if weight.size else 1.0)
+        total += times(wt, np.float64(m) - np.float64(x[i]))
+    return total

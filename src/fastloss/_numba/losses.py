@@ -1,0 +1,139 @@
+"""The scalar step: from what a row was reduced to, its loss and the coefficients of its gradient.
+
+Loops over the fields of one array, whose distances LLVM knows: they vectorise.
+"""
+
+import numpy as np
+
+from fastloss._numba.arithmetic import (
+    exponential,
+    log1p,
+    lowest_of,
+    magic_of,
+    pivot_of,
+    power_of,
+    times,
+)
+from fastloss._numba.jit import inline, spliced, summing
+from fastloss._numba.types import (
+    FACTOR,
+    GAP,
+    LANES,
+    LEFT_OUT,
+    LOSS,
+    MASS,
+    MAXIMUM,
+    OTHERS,
+    ROW_WEIGHT,
+    SPREAD,
+    TARGET_EXP,
+    TARGET_LOGIT,
+    TARGET_WEIGHT,
+    TOP,
+    TOP_MASS,
+)
+
+
+@inline
+def add_exponentials(r, n, like):
+    """The exponentials of the maximum and of the target, in the units of the sum."""
+    real = like.dtype.type
+    for i in range(n):
+        m = real(r[MAXIMUM + i])
+        pivot, magic = pivot_of(m), magic_of(m)
+        r[TOP + i] = exponential(m, pivot, magic, lowest_of(magic))
+        r[TARGET_EXP + i] = exponential(real(r[TARGET_LOGIT + i]), pivot, magic, lowest_of(magic))
+
+
+@spliced
+def scalar_step(target, soft, r, n, plan, options, scale, weight_sum, like):
+    """Which loss: of soft targets unless they are None, else of indices."""
+    # What is None is known before types are inferred: the other step is not even compiled.
+    if soft is not None:
+        cross_entropy_soft_step(r, n, options, scale, like)
+    if target is not None:
+        cross_entropy_step(r, n, plan.num_classes, options, scale, weight_sum, like)
+
+
+@inline
+def cross_entropy_step(r, n, num_classes, options, scale, weight_sum, like):
+    power = np.float64(power_of(like))
+    target_share = 1.0 - options.label_smoothing
+    uniform = options.label_smoothing / num_classes
+    spread = uniform * weight_sum
+    for i in range(n):
+        row_weight = r[ROW_WEIGHT + i]
+        others = r[OTHERS + i]
+        b = target_share * r[TARGET_WEIGHT + i]
+        d = r[TARGET_LOGIT + i] - r[MAXIMUM + i]
+        total = others + r[TARGET_EXP + i]
+        inverse = 1.0 / total
+        log_sum = log1p((others + (r[TARGET_EXP + i] - r[TOP + i])) / r[TOP + i])
+        lse = r[MAXIMUM + i] + log_sum
+        z_slope = 2.0 * options.z_loss * lse
+        loss = times(b, log_sum - d) + spread * log_sum + uniform * r[GAP + i] + 0.5 * z_slope * lse
+        r[LOSS + i] = times(row_weight, loss)
+
+        a = b + spread + z_slope
+        spread_y = uniform * r[TARGET_WEIGHT + i]
+        left_out = left_out_of(
+            a, r[TARGET_EXP + i] * inverse, others * inverse, b + spread_y,
+            spread + z_slope - spread_y,
+        )  # fmt: skip
+        weight = row_weight * scale
+        r[FACTOR + i] = times(weight, a * (inverse / power))
+        r[SPREAD + i] = weight * uniform
+        r[LEFT_OUT + i] = times(weight, left_out)
+
+
+@inline
+def cross_entropy_soft_step(r, n, options, scale, like):
+    power = np.float64(power_of(like))
+    for i in range(n):
+        row_weight = r[ROW_WEIGHT + i]
+        others = r[OTHERS + i]
+        mass = r[MASS + i] + r[TOP_MASS + i]
+        log_sum = log1p(others / r[TOP + i])
+        lse = r[MAXIMUM + i] + log_sum
+        z_slope = 2.0 * options.z_loss * lse
+        loss = mass * log_sum + r[GAP + i] + 0.5 * z_slope * lse
+        r[LOSS + i] = times(row_weight, loss)
+
+        inverse = 1.0 / (others + r[TOP + i])
+        a = mass + z_slope
+        left_out = left_out_of(
+            a, r[TOP + i] * inverse, others * inverse, r[TOP_MASS + i], r[MASS + i] + z_slope
+        )
+        weight = row_weight * scale
+        r[FACTOR + i] = times(weight, a * (inverse / power))
+        r[SPREAD + i] = weight
+        r[LEFT_OUT + i] = times(weight, left_out)
+
+
+@inline
+def left_out_of(a, p, others, subtracted, rest):
+    """a p - subtracted, or the same as rest - a (1 - p): the second unless it cancels more."""
+    cancels = 2.0 * larger(a * p, subtracted) < larger(a * others, rest)
+    return a * p - subtracted if cancels else rest - a * others
+
+
+@inline
+def larger(a, b):
+    return abs(a) if abs(a) > abs(b) else abs(b)
+
+
+@summing
+def deliver_losses(r, n, losses, first, like):
+    """Round row losses to the compute type, hand them out; return the sum of what was."""
+    real = like.dtype.type
+    for i in range(n):
+        r[LOSS + i] = np.float64(real(r[LOSS + i]))
+    for i in range(n, LANES):
+        r[LOSS + i] = 0.0
+    if losses.size:
+        for i in range(n):
+            losses[first + i] = r[LOSS + i]
+    total = 0.0
+    for i in range(LANES):
+        total += r[LOSS + i]
+    return total

@@ -1,0 +1,257 @@
+"""What Python has no words for: memory as the processor sees it, and its own instructions."""
+
+import platform
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+from fastloss._numba.types import INTEGERS, LANES, LINE
+
+IEEE = np.uint32(0x1F80)  # to nearest, denormals kept: results do not depend on what somebody set
+
+# Whether float16 is converted by the processor. Code cached for other features is not used.
+_features = numba.config.CPU_FEATURES
+_features = (get_host_cpu_features() if _features is None else _features).split(",")
+HAS_F16C = {"+avx", "+f16c"} <= set(_features)
+
+
+def _place(context, builder, array_type, array, index, pointer_type):
+    data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), pointer_type.as_pointer())
+
+
+@intrinsic
+def borrow(typing_context, array):
+    """The array without its owner: slices of it count no references, which costs an atomic each."""
+    if array == types.none:
+        return array(array), lambda context, builder, signature, arguments: arguments[0]
+
+    def generate(context, builder, signature, arguments):
+        borrowed = context.make_array(array)(context, builder, arguments[0])
+        borrowed.meminfo = cgutils.get_null_value(borrowed.meminfo.type)
+        return borrowed._getvalue()
+
+    return array(array), generate
+
+
+@intrinsic
+def as_input(typing_context, array):
+    """The array as inputs are typed: read-only."""
+
+    def generate(context, builder, signature, arguments):
+        return arguments[0]
+
+    return array.copy(readonly=True)(array), generate
+
+
+@intrinsic
+def lanes(typing_context, like):
+    """LANES numbers on the stack of the caller, of the type of an array or of a NumPy type."""
+    array_type = types.Array(like.dtype, 1, "C")
+
+    def generate(context, builder, signature, arguments):
+        scalar = context.get_data_type(like.dtype)
+        size = context.get_abi_sizeof(scalar)
+        vector = cgutils.alloca_once(builder, ir.ArrayType(scalar, LANES))
+        vector.align = LINE
+        array = context.make_array(array_type)(context, builder)
+        length = context.get_constant(types.intp, LANES)
+        populate_array(
+            array,
+            data=builder.bitcast(vector, scalar.as_pointer()),
+            shape=[length],
+            strides=[context.get_constant(types.intp, size)],
+            itemsize=size,
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return array_type(like), generate
+
+
+@intrinsic
+def transpose(typing_context, source, source_start, source_step, to, to_start, to_step):
+    """Eight runs of eight numbers: to[i][j] = source[j][i], the runs so many numbers apart."""
+
+    def generate(context, builder, signature, arguments):
+        source_value, source_start, source_step, to_value, to_start, to_step = arguments
+        vector = ir.VectorType(context.get_data_type(source.dtype), 8)
+        size = source.dtype.bitwidth // 8
+
+        def run(array_type, array, start, step, i):
+            index = builder.add(start, builder.mul(step, ir.Constant(step.type, i)))
+            return _place(context, builder, array_type, array, index, vector)
+
+        def shuffle(a, b, mask):
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), 8), mask)
+            return builder.shuffle_vector(a, b, mask)
+
+        a = [
+            builder.load(run(source, source_value, source_start, source_step, i)) for i in range(8)
+        ]
+        for load in a:
+            load.align = size
+        b = []
+        for i in range(0, 8, 2):
+            b.append(shuffle(a[i], a[i + 1], [0, 8, 1, 9, 4, 12, 5, 13]))
+            b.append(shuffle(a[i], a[i + 1], [2, 10, 3, 11, 6, 14, 7, 15]))
+        a = []
+        for i in (0, 1, 4, 5):
+            a.append(shuffle(b[i], b[i + 2], [0, 1, 8, 9, 4, 5, 12, 13]))
+            a.append(shuffle(b[i], b[i + 2], [2, 3, 10, 11, 6, 7, 14, 15]))
+        low = [shuffle(a[i], a[i + 4], [0, 1, 2, 3, 8, 9, 10, 11]) for i in range(4)]
+        high = [shuffle(a[i], a[i + 4], [4, 5, 6, 7, 12, 13, 14, 15]) for i in range(4)]
+        for i, values in enumerate(low + high):
+            builder.store(values, run(to, to_value, to_start, to_step, i)).align = size
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.void(source, index, index, to, index, index), generate
+
+
+@intrinsic
+def prefetch(typing_context, array, index):
+    """Ask for the cache line of array[index]; beyond the end of the array that does no harm."""
+
+    def generate(context, builder, signature, arguments):
+        byte, number = ir.IntType(8), ir.IntType(32)
+        line = _place(context, builder, array, *arguments, byte)
+        function_type = ir.FunctionType(ir.VoidType(), [line.type, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [line.type], function_type)
+        read, second_level, data = (ir.Constant(number, i) for i in (0, 2, 1))
+        builder.call(prefetch, [line, read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
+def stream_line(typing_context, to, to_index, source, source_index):
+    """Copy one cache line past the caches; that of `to` starts at to[to_index]."""
+
+    def generate(context, builder, signature, arguments):
+        to_value, to_index, source_value, source_index = arguments
+        line = ir.VectorType(ir.IntType(32), LINE // 4)
+        values = builder.load(_place(context, builder, source, source_value, source_index, line))
+        values.align = 1
+        store = builder.store(values, _place(context, builder, to, to_value, to_index, line))
+        store.align = LINE
+        one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        store.set_metadata("nontemporal", one)
+        return context.get_dummy_value()
+
+    return types.void(to, types.intp, source, types.intp), generate
+
+
+@intrinsic
+def end_stream(typing_context):
+    """What was streamed is there for other threads to see."""
+
+    def generate(context, builder, signature, arguments):
+        _sse(builder, "sfence")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def set_float_mode(typing_context, mode):
+    """Set how this thread rounds and whether it flushes denormals; return how it was."""
+
+    def generate(context, builder, signature, arguments):
+        before = cgutils.alloca_once_value(builder, arguments[0])
+        after = cgutils.alloca_once_value(builder, arguments[0])
+        byte = ir.IntType(8).as_pointer()
+        _sse(builder, "stmxcsr", [builder.bitcast(before, byte)])
+        _sse(builder, "ldmxcsr", [builder.bitcast(after, byte)])
+        return builder.load(before)
+
+    return types.uint32(types.uint32), generate
+
+
+@intrinsic
+def convert_half(typing_context, number):
+    """From the bits of a float16 to float32, or back: one instruction where HAS_F16C."""
+    to_float = isinstance(number, types.Integer)
+
+    def generate(context, builder, signature, arguments):
+        (value,) = arguments
+        half, real = ir.HalfType(), ir.FloatType()
+        if to_float:
+            return builder.fpext(builder.bitcast(value, half), real)
+        return builder.bitcast(builder.fptrunc(value, half), ir.IntType(16))
+
+    return types.float32(types.uint16) if to_float else types.uint16(types.float32), generate
+
+
+@intrinsic
+def load_index(typing_context, data, kind, index):
+    """Integer number index of bytes whose type is INTEGERS[kind]; what int64 lacks, as its last."""
+
+    def generate(context, builder, signature, arguments):
+        data_value, kind, index = arguments
+        wide = ir.IntType(64)
+        done = builder.append_basic_block()
+        loads = []
+        for name in INTEGERS:
+            dtype = np.dtype(name)
+            block = builder.append_basic_block()
+            with builder.goto_block(block):
+                narrow = ir.IntType(8 * dtype.itemsize)
+                offset = builder.mul(index, ir.Constant(wide, dtype.itemsize))
+                value = builder.load(_place(context, builder, data, data_value, offset, narrow))
+                if dtype.itemsize < 8:
+                    value = (builder.sext if dtype.kind == "i" else builder.zext)(value, wide)
+                elif dtype.kind == "u":
+                    last = ir.Constant(wide, np.iinfo(np.int64).max)
+                    fits = builder.icmp_signed(">=", value, ir.Constant(wide, 0))
+                    value = builder.select(fits, value, last)
+                builder.branch(done)
+            loads.append((value, block))
+        switch = builder.switch(kind, loads[-1][1])
+        for number, (_, block) in enumerate(loads[:-1]):
+            switch.add_case(ir.Constant(kind.type, number), block)
+        builder.position_at_end(done)
+        result = builder.phi(wide)
+        for value, block in loads:
+            result.add_incoming(value, block)
+        return result
+
+    return types.int64(data, types.intp, types.intp), generate
+
+
+@intrinsic
+def call_share(typing_context, address, arguments, units, thread, threads):
+    """Call a compiled share. By its address: linked in, it would be compiled three more times.
+
+    Numba passes a tuple as its elements, so that it may be taken apart before, as prange wants it.
+    """
+
+    def generate(context, builder, signature, values):
+        address, packed, units, thread, threads = values
+        unpacked = cgutils.unpack_tuple(builder, packed)
+        share_types = (*arguments.types, types.intp, types.intp, types.intp)
+        share_type = context.call_conv.get_function_type(types.none, share_types)
+        share = builder.inttoptr(address, share_type.as_pointer())
+        context.call_conv.call_function(
+            builder, share, types.none, share_types, [*unpacked, units, thread, threads]
+        )
+        return context.get_dummy_value()
+
+    signature = types.void(types.intp, arguments, types.intp, types.intp, types.intp)
+    return signature, generate
+
+
+def _sse(builder, name, arguments=()):
+    """Call one of the instructions that only x86 has; elsewhere do nothing."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        function_type = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        name = f"llvm.x86.sse.{name}"
+        function = cgutils.get_or_insert_function(builder.module, function_type, name)
+        builder.call(function, arguments)

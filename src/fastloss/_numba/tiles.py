@@ -1,0 +1,383 @@
+"""Tiles: samples in the SIMD lanes.
+
+A tile is LANES samples that follow each other in (outer, inner) order, held in scratch as
+[class][lane]; lanes without a sample hold zeros.  A unit is one tile, or, where samples lie next
+to each other in memory, several side by side, `step` numbers from a class to the next, so that
+runs of memory are longer.  Scratch: room for samples one after the other, as rows, then the
+unit's tiles, twice; transposing moves eight by eight, and may go seven beyond either.  Then the
+carries, for runs of output that begin and end within a cache line.
+"""
+
+import math
+
+import numpy as np
+
+from fastloss._numba.arithmetic import (
+    exponential,
+    log1p,
+    lowest_of,
+    magic_of,
+    pivot_of,
+    power_of,
+    times,
+    tiny_of,
+)
+from fastloss._numba.blocks import holds_nan
+from fastloss._numba.jit import inline, spliced
+from fastloss._numba.losses import add_exponentials
+from fastloss._numba.machine import lanes, transpose
+from fastloss._numba.memory import carry_of, copy, fetch, load_block, load_into, store, store_run
+from fastloss._numba.types import (
+    FACTOR,
+    FIELDS,
+    GAP,
+    INDEX,
+    LANES,
+    LEFT_OUT,
+    LOG_SUM,
+    LOGSUMEXP,
+    MASS,
+    MAXIMUM,
+    OTHERS,
+    ROW_WEIGHT,
+    RUN,
+    SPREAD,
+    TARGET_LOGIT,
+    TARGET_WEIGHT,
+    TOP,
+    TOP_MASS,
+)
+
+
+@inline
+def tile_numbers(num_classes, step):
+    """What a unit of tiles needs of scratch."""
+    return (num_classes + 1) * LANES + 2 * (num_classes + 8) * step
+
+
+@inline
+def tile_scratch(scratch, plan):
+    rows = (plan.num_classes + 1) * LANES
+    tile = (plan.num_classes + 8) * plan.step
+    return scratch[:rows], scratch[rows : rows + tile], scratch[rows + tile : rows + 2 * tile]
+
+
+@inline
+def load_tiles(x, tile, buffer, first, n, storage, plan):
+    num_classes, inner, step = plan.num_classes, plan.inner, plan.step
+    if inner == 1:
+        start = first * num_classes
+        size = LANES * num_classes
+        if n == LANES and start + size + 8 <= x.size:
+            rows = load_block(x, start, size + 8, buffer, storage)
+            transpose_rows(rows, tile, num_classes)
+        else:  # transposing must not read beyond the array
+            rows = load_block(x, start, n * num_classes, buffer, storage)
+            copy(buffer[: n * num_classes], rows)
+            buffer[n * num_classes :] = 0
+            transpose_rows(buffer, tile, num_classes)
+        return
+    if n % LANES:
+        tile[: num_classes * step] = 0
+    lane = 0
+    while lane < n:
+        o, i = divmod(first + lane, inner)
+        width = min(n - lane, inner - i)
+        for c in range(num_classes):
+            start = (o * num_classes + c) * inner + i
+            load_into(tile[c * step + lane : c * step + lane + width], x, start, storage)
+        lane += width
+
+
+@inline
+def transpose_rows(rows, tile, num_classes):
+    for lane in range(0, LANES, 8):
+        for c in range(0, num_classes, 8):
+            transpose(rows, lane * num_classes + c, num_classes, tile, c * LANES + lane, LANES)
+
+
+@spliced
+def store_tiles(out, tile, scratch, r, first, n, plan):
+    num_classes, inner, step = plan.num_classes, plan.inner, plan.step
+    buffer = scratch[: (num_classes + 1) * LANES]
+    if inner == 1:
+        # From the last classes to the first: what goes beyond a row is written over by the next.
+        for lane in range(0, LANES, 8):
+            for c in range((num_classes - 1) // 8 * 8, -1, -8):
+                place = lane * num_classes + c
+                transpose(tile, c * LANES + lane, LANES, buffer, place, num_classes)
+        store(out, first * num_classes, buffer[: n * num_classes], plan.storage, plan.stream)
+        return
+    lane = 0
+    while lane < n:
+        o, i = divmod(first + lane, inner)
+        width = min(n - lane, inner - i)
+        for c in range(num_classes):
+            column = c * step + lane
+            start = (o * num_classes + c) * inner + i
+            store_run(
+                out, start, tile[column : column + width], plan.storage, plan.stream,
+                carry_of(scratch, r, c), r, FIELDS + c,
+            )  # fmt: skip
+        lane += width
+
+
+@inline
+def clear_dead_lanes(tile, r, plan):
+    """Nothing of a row that counts for nothing, a NaN least of all, gets through."""
+    dead = 0
+    for lane in range(LANES):
+        dead += r[ROW_WEIGHT + lane] == 0.0
+    if not dead:
+        return
+    for lane in range(LANES):
+        if r[ROW_WEIGHT + lane] == 0.0:
+            column = tile[lane:]
+            for c in range(plan.num_classes):
+                column[c * plan.step] = 0
+
+
+@inline
+def largest_in_lanes(tile, r, plan):
+    m = lanes(tile)
+    for j in range(LANES):
+        m[j] = -np.inf
+    for c in range(plan.num_classes):
+        row = tile[c * plan.step : c * plan.step + LANES]
+        for j in range(LANES):
+            m[j] = row[j] if row[j] > m[j] else m[j]
+    for j in range(LANES):
+        r[MAXIMUM + j] = m[j]
+
+
+@inline
+def find_in_lanes(tile, r, plan):
+    """The first class whose score is the maximum, or 0."""
+    real = tile.dtype.type
+    m, k = lanes(tile), lanes(tile)
+    for j in range(LANES):
+        m[j] = r[MAXIMUM + j]
+        k[j] = 0
+    for c in range(plan.num_classes - 1, -1, -1):
+        row = tile[c * plan.step : c * plan.step + LANES]
+        number = real(c)
+        for j in range(LANES):
+            k[j] = number if row[j] == m[j] else k[j]
+    for j in range(LANES):
+        r[INDEX + j] = k[j]
+
+
+@inline
+def exp_tile(tile, skip, keep, r, x, later, plan):
+    """Sums of exponentials, if skip without INDEX; if keep, they take the place of the scores.
+
+    Meanwhile the scores of the tile from row `later` on are fetched, so that memory is never idle.
+    """
+    num_classes, inner, step = plan.num_classes, plan.inner, plan.step
+    real = tile.dtype.type
+    pivot, magic, lowest = lanes(tile), lanes(tile), lanes(tile)
+    value, lane, index = lanes(tile), lanes(tile), lanes(tile)
+    total = lanes(r)
+    apart = LANES if inner == 1 else inner
+    o, i = divmod(later, inner)
+    start = o * num_classes * inner + i
+    for j in range(LANES):
+        m = real(r[MAXIMUM + j])
+        pivot[j] = pivot_of(m)
+        magic[j] = magic_of(m)
+        lowest[j] = lowest_of(magic[j])
+        lane[j] = 0
+        total[j] = 0.0
+    for j in range(LANES):
+        index[j] = r[INDEX + j] if skip else -1.0
+    for c in range(num_classes):
+        row = tile[c * step : c * step + LANES]
+        number = real(c)
+        fetch(x, start + c * apart, LANES)
+        for j in range(LANES):
+            value[j] = exponential(row[j], pivot[j], magic[j], lowest[j])
+        for j in range(LANES):
+            lane[j] += real(0) if index[j] == number else value[j]
+        if keep:
+            for j in range(LANES):
+                row[j] = value[j]
+        if c % RUN == RUN - 1 or c == num_classes - 1:  # long sums in float64
+            for j in range(LANES):
+                total[j] += np.float64(lane[j])
+                lane[j] = 0
+    for j in range(LANES):
+        r[OTHERS + j] = total[j]
+
+
+@inline
+def narrow_factors(tile, f, r, plan):
+    """As narrow_factor, for every lane."""
+    power = np.float64(power_of(tile))
+    small = 0
+    for j in range(LANES):
+        f[j] = r[FACTOR + j] * power
+        small += (abs(r[FACTOR + j] * power) < tiny_of(tile)) & (r[FACTOR + j] != 0.0)
+    if not small:
+        return
+    for j in range(LANES):
+        if abs(r[FACTOR + j] * power) < tiny_of(tile):
+            f[j] = r[FACTOR + j]
+            column = tile[j:]
+            for c in range(plan.num_classes):
+                column[c * plan.step] *= power_of(tile)
+
+
+@inline
+def softmax_tile(tile, r, x, later, plan):
+    f = lanes(tile)
+    largest_in_lanes(tile, r, plan)
+    exp_tile(tile, False, True, r, x, later, plan)
+    for j in range(LANES):
+        f[j] = 1.0 / r[OTHERS + j]
+    for c in range(plan.num_classes):
+        row = tile[c * plan.step : c * plan.step + LANES]
+        for j in range(LANES):
+            row[j] *= f[j]
+
+
+@inline
+def log_softmax_tile(tile, r, x, later, plan):
+    """log_softmax; or only what logsumexp needs."""
+    m, log_sum = lanes(tile), lanes(tile)
+    largest_in_lanes(tile, r, plan)
+    find_in_lanes(tile, r, plan)
+    exp_tile(tile, True, False, r, x, later, plan)
+    for j in range(LANES):
+        r[TARGET_LOGIT + j] = r[MAXIMUM + j]
+    add_exponentials(r, LANES, tile)
+    for j in range(LANES):
+        r[LOG_SUM + j] = log1p(r[OTHERS + j] / r[TOP + j])
+    if plan.operation == LOGSUMEXP:
+        for j in range(LANES):
+            if not math.isfinite(r[MAXIMUM + j]) and not holds_nan(
+                tile[j:], plan.step, plan.num_classes
+            ):
+                r[LOG_SUM + j] = 0.0
+        return
+    for j in range(LANES):
+        m[j] = r[MAXIMUM + j]
+        log_sum[j] = r[LOG_SUM + j]
+    for c in range(plan.num_classes):
+        row = tile[c * plan.step : c * plan.step + LANES]
+        for j in range(LANES):
+            row[j] = (row[j] - m[j]) - log_sum[j]
+
+
+@spliced
+def reduce_tile(
+    tile, soft, r, n, x, later, plan, weight, largest_weight, options, keep_exponentials
+):
+    """The first stage of cross-entropy: of soft targets unless they are None, else of indices."""
+    for j in range(n, LANES):
+        r[INDEX + j] = 0.0
+        r[ROW_WEIGHT + j] = 0.0
+        r[TARGET_WEIGHT + j] = 0.0
+    clear_dead_lanes(tile, r, plan)
+    largest_in_lanes(tile, r, plan)
+    gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options)
+    for j in range(LANES):
+        r[TARGET_LOGIT + j] = tile[int(r[INDEX + j]) * plan.step + j]
+    exp_tile(tile, True, keep_exponentials, r, x, later, plan)
+    add_exponentials(r, LANES, tile)
+
+
+@inline
+def gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options):
+    """As gaps_of_row, for every lane."""
+    num_classes, step = plan.num_classes, plan.step
+    real = tile.dtype.type
+    target_share, uniform = 1.0 - options.label_smoothing, options.label_smoothing / num_classes
+    m, index, gap, mass = lanes(tile), lanes(tile), lanes(tile), lanes(tile)
+    bad = 0
+    for j in range(LANES):
+        r[GAP + j] = 0.0
+    if soft is not None:
+        clear_dead_lanes(soft, r, plan)
+        find_in_lanes(tile, r, plan)
+    elif uniform == 0.0:
+        return
+    target_share, uniform = real(target_share), real(uniform)
+    for j in range(LANES):
+        m[j] = r[MAXIMUM + j]
+        index[j] = r[INDEX + j]
+        gap[j] = 0.0
+        mass[j] = 0.0
+        r[MASS + j] = 0.0
+    for c in range(num_classes):
+        row = tile[c * step : c * step + LANES]
+        w = weight[c] if weight.size else real(1)
+        if soft is not None:
+            t = soft[c * step : c * step + LANES]
+            number = real(c)
+            for j in range(LANES):
+                wt = w * (target_share * t[j] + uniform)
+                gap[j] += times(wt, m[j] - row[j])
+                mass[j] += real(0) if index[j] == number else wt
+        else:
+            for j in range(LANES):
+                gap[j] += times(w, m[j] - row[j])
+        if c % RUN == RUN - 1 or c == num_classes - 1:
+            for j in range(LANES):
+                r[GAP + j] += np.float64(gap[j])
+                r[MASS + j] += np.float64(mass[j])
+                gap[j] = 0.0
+                mass[j] = 0.0
+    for j in range(LANES):
+        bad += r[GAP + j] - r[GAP + j] != 0.0
+    for j in range(LANES if bad else 0):  # in float64 where it leaves the range of x
+        if r[GAP + j] - r[GAP + j] == 0.0:
+            continue
+        r[GAP + j] = 0.0
+        for c in range(num_classes):
+            wt = np.float64(weight[c]) if weight.size else 1.0
+            if soft is not None:
+                wt *= np.float64(target_share * soft[c * step + j] + uniform)
+            r[GAP + j] += times(wt, np.float64(m[j]) - np.float64(tile[c * step + j]))
+    for j in range(LANES):
+        r[GAP + j] *= largest_weight
+        r[MASS + j] *= largest_weight
+        if soft is not None:
+            k = int(index[j])
+            w = weight[k] if weight.size else real(1)
+            wt_k = w * (target_share * soft[k * step + j] + uniform)
+            r[TOP_MASS + j] = largest_weight * np.float64(wt_k)
+
+
+@inline
+def write_tile(tile, soft, r, plan, weight, largest_weight, options):
+    """The last stage of cross-entropy: factor * e_c - spread * w_c t_c, left_out at INDEX."""
+    num_classes, step = plan.num_classes, plan.step
+    uniform = options.label_smoothing / num_classes
+    real = tile.dtype.type
+    f, left_out, index = lanes(tile), lanes(tile), lanes(tile)
+    on_target, on_all = lanes(tile), lanes(tile)
+    narrow_factors(tile, f, r, plan)
+    for j in range(LANES):
+        spread = r[SPREAD + j] * largest_weight
+        on_target[j] = spread * (1.0 - options.label_smoothing)
+        on_all[j] = spread if soft is None else spread * uniform
+        left_out[j] = r[LEFT_OUT + j]
+        index[j] = r[INDEX + j]
+    # left_out in passing: numbers put one by one would hold up who then reads the tile as vectors.
+    for c in range(num_classes):
+        row = tile[c * step : c * step + LANES]
+        w = weight[c] if weight.size else real(1)
+        number = real(c)
+        if soft is not None:
+            t = soft[c * step : c * step + LANES]
+            for j in range(LANES):
+                g = row[j] * f[j] - w * (on_target[j] * t[j] + on_all[j])
+                row[j] = left_out[j] if index[j] == number else g
+        elif uniform != 0.0:
+            for j in range(LANES):
+                g = row[j] * f[j] - w * on_all[j]
+                row[j] = left_out[j] if index[j] == number else g
+        else:
+            for j in range(LANES):
+                g = row[j] * f[j]
+                row[j] = left_out[j] if index[j] == number else g

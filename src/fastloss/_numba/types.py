@@ -1,0 +1,69 @@
+"""Constants, and the one tuple and the one array in which the rest is handed around."""
+
+from typing import NamedTuple
+
+LANES = 64  # samples in a tile
+CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
+BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
+RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
+SHORT_ROW = 300  # rows of at most so many classes go into tiles
+GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
+TURN = 16  # classes of columns that are turned into rows at a time
+TURNED = 1 << 24  # elements of the columns that make up one unit of work, at most LANES of them
+WIDE = 16384  # elements of the tiles that make up one unit of work, where runs may be long
+MOST_TILES = 8  # of a unit
+FEWEST_UNITS = 32  # that are to be left when tiles are put together
+AHEAD = 65536  # the most elements that are fetched ahead of their use
+CHECK_BLOCK = 4096  # targets that one unit of check_target reads
+LINE = 64  # bytes of a cache line
+STREAM_BYTES = 1 << 24  # results from this size on are written past the caches
+
+HUGE_UNIT = 2.0**-64  # what is scaled by it can be summed up
+
+# Storage: half types reach the kernels as 16 bits; and the types of targets, which do as bytes.
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+# Layout: how the samples of a call are taken.
+ROWS, TILES, COLUMNS = range(3)
+
+(
+    SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, SOFTMAX_BACKWARD, LOG_SOFTMAX_BACKWARD, CROSS_ENTROPY,
+    CROSS_ENTROPY_SOFT, NLL,
+) = range(8)  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """One call, as its threads see it."""
+
+    operation: int
+    rows: int
+    num_classes: int
+    inner: int
+    layout: int
+    storage: int
+    other_storage: int  # of grad_output, or of target probabilities
+    stream: bool  # whether out is written past the caches
+    summed: int  # rows that go through the kernels together, and whose losses are added up
+    group: int  # rows in a unit of work
+    row_step: int  # from a row to the next
+    step: int  # from a class to the next in the tiles of a unit
+
+
+# The fields of a unit's rows, each LANES numbers in a float64 array.  In:
+(
+    MAXIMUM,
+    OTHERS,  # sum of the exponentials of all classes but one
+    TARGET_LOGIT,
+    TARGET_WEIGHT,
+    ROW_WEIGHT,  # sample weight; 0 for rows that count for nothing
+    GAP,  # sum of w_c (maximum - x_c)
+    MASS,  # of soft targets: sum of w_c t_c, all classes but the maximum's
+    TOP_MASS,  # of soft targets: w_k t_k at the maximum's class k
+    INDEX,  # the class left out
+) = range(0, 9 * LANES, LANES)
+# On the way: the exponentials of the maximum and of the target, and log sum exp(x - maximum).
+TOP, TARGET_EXP, LOG_SUM = range(9 * LANES, 12 * LANES, LANES)
+# Out: g_c = factor * 2**-shift * exponential_c - spread * w_c, except at the class left out.
+LOSS, FACTOR, SPREAD, LEFT_OUT = range(12 * LANES, 16 * LANES, LANES)
+FIELDS = 16 * LANES
