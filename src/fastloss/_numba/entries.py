@@ -12,7 +12,7 @@ from fastloss import _threads
 from fastloss._contract import Labels, Options, TargetCheck
 from fastloss._numba.backward import backward_rows, backward_tile
 from fastloss._numba.columns import load_columns, rows_of, rows_to, store_columns, turned_numbers
-from fastloss._numba.jit import entry, inline, typed
+from fastloss._numba.jit import entry, inline
 from fastloss._numba.losses import deliver_losses, scalar_step
 from fastloss._numba.machine import (
     IEEE,
@@ -20,6 +20,7 @@ from fastloss._numba.machine import (
     call_share,
     end_stream,
     set_float_mode,
+    unless_none,
 )
 from fastloss._numba.memory import begin_carries, flush_carries, store
 from fastloss._numba.nll import nll_backward_unit, nll_unit
@@ -86,25 +87,9 @@ def on_threads(share, arguments, units, threads):
         call_share(share, arguments, units, thread, threads)
 
 
-@typed
-def own_part(array, thread):
-    """What belongs to one thread of memory for all; None where there is none."""
-    if array == types.none:
-        return lambda array, thread: None
-    return lambda array, thread: borrow(array[thread])
-
-
 @inline
 def share_of(units, thread, threads):
     return range(units * thread // threads, units * (thread + 1) // threads)
-
-
-@typed
-def tile_of(soft, tile, lane):
-    """The tile of soft targets, from a lane on; None where targets are indices."""
-    if soft == types.none:
-        return lambda soft, tile, lane: None
-    return lambda soft, tile, lane: tile[lane:]
 
 
 @inline
@@ -126,9 +111,9 @@ def store_unit(out, tile, turned, scratch, r, first, n, plan):
 @entry
 def softmax_share(x, out, plan, scratch, fields, turned, units, thread, threads):
     mode = set_float_mode(IEEE)
-    x, out, turned = borrow(x), borrow(out), own_part(turned, thread)
+    x, out, turned = borrow(x), borrow(out), borrow(turned[thread])
     x_rows, out_rows = rows_of(x, turned, plan.layout), rows_to(out, turned, plan.layout)
-    r, own = own_part(fields, thread), own_part(scratch, thread)
+    r, own = borrow(fields[thread]), borrow(scratch[thread])
     buffer, tile, _ = tile_scratch(own, plan)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
@@ -152,9 +137,9 @@ def softmax_share(x, out, plan, scratch, fields, turned, units, thread, threads)
 def log_softmax_share(x, out, plan, scratch, fields, turned, units, thread, threads):
     """log_softmax and logsumexp."""
     mode = set_float_mode(IEEE)
-    x, out, turned = borrow(x), borrow(out), own_part(turned, thread)
+    x, out, turned = borrow(x), borrow(out), borrow(turned[thread])
     x_rows, out_rows = rows_of(x, turned, plan.layout), rows_to(out, turned, plan.layout)
-    r, own = own_part(fields, thread), own_part(scratch, thread)
+    r, own = borrow(fields[thread]), borrow(scratch[thread])
     buffer, tile, _ = tile_scratch(own, plan)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
@@ -183,10 +168,10 @@ def log_softmax_share(x, out, plan, scratch, fields, turned, units, thread, thre
 def backward_share(g, p, out, plan, scratch, fields, turned, turned_g, units, thread, threads):
     mode = set_float_mode(IEEE)
     g, p, out = borrow(g), borrow(p), borrow(out)
-    turned, turned_g = own_part(turned, thread), own_part(turned_g, thread)
+    turned, turned_g = borrow(turned[thread]), borrow(turned_g[thread])
     p_rows, out_rows = rows_of(p, turned, plan.layout), rows_to(out, turned, plan.layout)
     g_rows = rows_of(g, turned_g, plan.layout)
-    r, own = own_part(fields, thread), own_part(scratch, thread)
+    r, own = borrow(fields[thread]), borrow(scratch[thread])
     buffer, tile, upstreams = tile_scratch(own, plan)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
@@ -210,17 +195,17 @@ def backward_share(g, p, out, plan, scratch, fields, turned, turned_g, units, th
 
 @entry
 def cross_entropy_share(
-    x, soft, target, weight, sample_weight, relative_weight, largest_weight, weight_sum, plan,
+    x, target, soft, weight, sample_weight, relative_weight, largest_weight, weight_sum, plan,
     options, scale, losses, out, scratch, fields, turned, turned_soft, partial, units, thread,
     threads,
 ):  # fmt: skip
     """Of indices, or of soft targets: the other is None, which is known before types are."""
     mode = set_float_mode(IEEE)
-    x, out, turned = borrow(x), borrow(out), own_part(turned, thread)
+    x, out, turned = borrow(x), borrow(out), borrow(turned[thread])
     x_rows, out_rows = rows_of(x, turned, plan.layout), rows_to(out, turned, plan.layout)
-    turned_soft = own_part(turned_soft, thread)
+    turned_soft = borrow(turned_soft[thread])
     soft_rows = rows_of(borrow(soft), turned_soft, plan.layout)
-    r, own = own_part(fields, thread), own_part(scratch, thread)
+    r, own = borrow(fields[thread]), borrow(scratch[thread])
     buffer, tile, soft_tile = tile_scratch(own, plan)
     tiled = plan.layout == TILES
     begin_carries(r)
@@ -237,13 +222,13 @@ def cross_entropy_share(
             n = min(plan.summed, last - start)
             row = start - first if plan.layout == COLUMNS else start
             own_tile = tile[start - first :]
-            own_soft = tile_of(soft, soft_tile, start - first)
+            own_soft = unless_none(soft, soft_tile[start - first :])
             if target is not None:
                 read_targets(
                     r, target, weight, sample_weight, start, n, plan.num_classes, options,
                     largest_weight,
                 )  # fmt: skip
-            else:
+            if soft is not None:
                 read_sample_weights(r, sample_weight, start, n)
             if tiled:
                 reduce_tile(
@@ -367,17 +352,18 @@ def _backward(operation, grad_output, forward, out, num_threads):
 
 
 def check_target(labels, options, num_classes, num_threads):
-    target, size = labels.target, labels.target.size
+    target, _, *weights = _labels(labels)
+    size = labels.target.size
     units = -(-size // CHECK_BLOCK)
     found = np.empty((2, units))
-    arguments = (*_labels(labels), size, num_classes, options.ignore_index, found)
+    arguments = (target, *weights, size, num_classes, options.ignore_index, found)
     _run(check_share, arguments, units, min(num_threads, units))
     if units == 1 and not found.item(1):
         return TargetCheck(-1, found.item(0))
     sums, bads = found
     if bads.any():
         start = int(bads.argmax()) * CHECK_BLOCK
-        block = target.reshape(-1)[start : start + CHECK_BLOCK]
+        block = labels.target.reshape(-1)[start : start + CHECK_BLOCK]
         bad = (block != options.ignore_index) & ((block < 0) | (block >= num_classes))
         return TargetCheck(start + int(bad.argmax()), 0.0)
     return TargetCheck(-1, float(sums.sum()))
@@ -388,20 +374,20 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
         total = cross_entropy(logits, labels, options, scale, losses, None, num_threads)
         grad.fill(0)
         return total
-    x, weight = _flat(logits), labels.weight
-    if labels.soft:
-        plan, units, threads = plan_of(CROSS_ENTROPY_SOFT, logits, grad, num_threads, labels.target)
-        soft = _flat(labels.target)
-        turned = _turned(x, plan, threads), _turned(soft, plan, threads)
-        labels = None, _or_absent(weight), _or_absent(labels.sample_weight)
-    else:
-        plan, units, threads = plan_of(CROSS_ENTROPY, logits, grad, num_threads)
-        soft, turned, labels = None, (_turned(x, plan, threads), None), _labels(labels)
-    weight_sum = float(plan.num_classes if weight is None else weight.sum())
+    target, soft, *weights = _labels(labels)
+    operation, other = CROSS_ENTROPY, None
+    if soft is not None:
+        operation, other = CROSS_ENTROPY_SOFT, labels.target
+    plan, units, threads = plan_of(operation, logits, grad, num_threads, other)
+    x = _flat(logits)
+    turned = _turned(x, plan, threads)
+    turned_soft = turned if soft is None else _turned(soft, plan, threads)
+    weight_sum = float(plan.num_classes if labels.weight is None else labels.weight.sum())
     partial = np.empty(-(-plan.rows // plan.summed))
     arguments = (
-        x, soft, *labels, *_relative(weight, logits), weight_sum, plan, options, scale,
-        *_outputs(logits, losses, grad), *_scratch(logits, plan, threads), *turned, partial,
+        x, target, soft, *weights, *_relative(labels.weight, logits), weight_sum, plan, options,
+        scale, *_outputs(logits, losses, grad), *_scratch(logits, plan, threads), turned,
+        turned_soft, partial,
     )  # fmt: skip
     _run(cross_entropy_share, arguments, units, threads)
     return _total(partial)
@@ -414,13 +400,23 @@ def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
     partial = np.empty(units)
     scratch = np.empty((max(threads, 1), 1), _compute_dtype(log_probs))
     fields = np.empty((max(threads, 1), FIELDS))
-    labels = _labels(labels)
+    target, _, *weights = _labels(labels)
     losses, out = _outputs(log_probs, losses, grad)
-    arguments = (_flat(log_probs), *labels, plan, options, losses, scratch, fields, partial)
+    arguments = (
+        _flat(log_probs),
+        target,
+        *weights,
+        plan,
+        options,
+        losses,
+        scratch,
+        fields,
+        partial,
+    )
     _run(nll_share, arguments, units, threads)
     if grad is not None:  # which may be log_probs: not before these were read
         out.fill(0)
-        arguments = (*labels, plan, options, scale, out, scratch, fields)
+        arguments = (target, *weights, plan, options, scale, out, scratch, fields)
         _run(nll_backward_share, arguments, units, threads)
     return _total(partial)
 
@@ -456,9 +452,13 @@ def _flat_out(array):
 
 
 def _labels(labels):
-    """Targets as their bytes and how to read those, and the weights."""
-    target = _read_only(labels.target).view(np.uint8), INTEGERS.index(labels.target.dtype.name)
-    return target, _or_absent(labels.weight), _or_absent(labels.sample_weight)
+    """Indices, as their bytes and how to read those; or probabilities; and the weights."""
+    target = soft = None
+    if labels.soft:
+        soft = _flat(labels.target)
+    else:
+        target = _read_only(labels.target).view(np.uint8), INTEGERS.index(labels.target.dtype.name)
+    return target, soft, _or_absent(labels.weight), _or_absent(labels.sample_weight)
 
 
 def storage_of(array):
