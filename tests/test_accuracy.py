@@ -53,7 +53,7 @@ def test_half_types_are_computed_in_float32_and_rounded_once(case, layout, dtype
 @pytest.mark.parametrize("layout", SOME_LAYOUTS[1:], ids=str)
 def test_half_scores_next_to_probabilities_of_float32(layout, dtype, backend):
     """Each is read in its own type."""
-    case = cases.by_name["soft grad all"]
+    case = cases.by_name["cross_entropy soft grad all"]
     _, *others = case.problem(layout.n, layout.num_classes, np.float32)
     scores, *_ = case.problem(layout.n, layout.num_classes, dtype)
     loss, grad = case.call(layout, (scores, *others), backend=backend)
