@@ -51,6 +51,14 @@ def as_input(typing_context, array):
 
 
 @intrinsic
+def unless_none(typing_context, tested, value):
+    """The value, or None where what is tested is None."""
+    if tested == types.none:
+        return types.none(tested, value), lambda context, *_: context.get_dummy_value()
+    return value(tested, value), lambda context, builder, signature, arguments: arguments[1]
+
+
+@intrinsic
 def lanes(typing_context, like):
     """LANES numbers on the stack of the caller, of the type of an array or of a NumPy type."""
     array_type = types.Array(like.dtype, 1, "C")
