@@ -79,6 +79,7 @@ from fastloss._numba.types import (
 # ---------------------------------------------------------------------------------------------
 # Shares: what one thread does
 # ---------------------------------------------------------------------------------------------
+# They are handed plan and options as plain tuples: to recognise a named one takes a call 1 us.
 
 
 @entry(parallel=True)
@@ -111,6 +112,7 @@ def store_unit(out, tile, turned, scratch, r, first, n, plan):
 @entry
 def softmax_share(x, out, plan, scratch, fields, turned, units, thread, threads):
     mode = set_float_mode(IEEE)
+    plan = Plan(*plan)
     x, out, turned = borrow(x), borrow(out), borrow(turned[thread])
     x_rows, out_rows = rows_of(x, turned, plan.layout), rows_to(out, turned, plan.layout)
     r, own = borrow(fields[thread]), borrow(scratch[thread])
@@ -137,6 +139,7 @@ def softmax_share(x, out, plan, scratch, fields, turned, units, thread, threads)
 def log_softmax_share(x, out, plan, scratch, fields, turned, units, thread, threads):
     """log_softmax and logsumexp."""
     mode = set_float_mode(IEEE)
+    plan = Plan(*plan)
     x, out, turned = borrow(x), borrow(out), borrow(turned[thread])
     x_rows, out_rows = rows_of(x, turned, plan.layout), rows_to(out, turned, plan.layout)
     r, own = borrow(fields[thread]), borrow(scratch[thread])
@@ -167,6 +170,7 @@ def log_softmax_share(x, out, plan, scratch, fields, turned, units, thread, thre
 @entry
 def backward_share(g, p, out, plan, scratch, fields, turned, turned_g, units, thread, threads):
     mode = set_float_mode(IEEE)
+    plan = Plan(*plan)
     g, p, out = borrow(g), borrow(p), borrow(out)
     turned, turned_g = borrow(turned[thread]), borrow(turned_g[thread])
     p_rows, out_rows = rows_of(p, turned, plan.layout), rows_to(out, turned, plan.layout)
@@ -201,6 +205,7 @@ def cross_entropy_share(
 ):  # fmt: skip
     """Of indices, or of soft targets: the other is None, which is known before types are."""
     mode = set_float_mode(IEEE)
+    plan, options = Plan(*plan), Options(*options)
     x, out, turned = borrow(x), borrow(out), borrow(turned[thread])
     x_rows, out_rows = rows_of(x, turned, plan.layout), rows_to(out, turned, plan.layout)
     turned_soft = borrow(turned_soft[thread])
@@ -264,6 +269,7 @@ def nll_share(
     units, thread, threads,
 ):  # fmt: skip
     mode = set_float_mode(IEEE)
+    plan, options = Plan(*plan), Options(*options)
     r = fields[thread]
     for unit in share_of(units, thread, threads):
         start = unit * LANES
@@ -280,6 +286,7 @@ def nll_backward_share(
     threads,
 ):  # fmt: skip
     mode = set_float_mode(IEEE)
+    plan, options = Plan(*plan), Options(*options)
     r = fields[thread]
     for unit in share_of(units, thread, threads):
         start = unit * LANES
@@ -305,8 +312,9 @@ def check_share(
 # The functions of the contract
 # ---------------------------------------------------------------------------------------------
 
-_ABSENT = np.empty(0)
-_ABSENT.flags.writeable = False
+_ABSENT = {np.float32: np.empty(0, np.float32), np.float64: np.empty(0)}
+for _absent in _ABSENT.values():
+    _absent.flags.writeable = False  # as _read_only
 _launch_lock = threading.Lock()
 _layer_started = False
 
@@ -314,7 +322,7 @@ _layer_started = False
 def softmax(logits, out, num_threads):
     plan, units, threads = plan_of(SOFTMAX, logits, out, num_threads)
     x = _flat(logits)
-    arguments = (x, _flat_out(out), plan, *_scratch(logits, plan, threads),
+    arguments = (x, _flat_out(out), tuple(plan), *_scratch(logits, plan, threads),
                  _turned(x, plan, threads))  # fmt: skip
     _run(softmax_share, arguments, units, threads)
 
@@ -330,7 +338,7 @@ def logsumexp(logits, out, num_threads):
 def _log_softmax(operation, logits, out, num_threads):
     plan, units, threads = plan_of(operation, logits, out, num_threads)
     x = _flat(logits)
-    arguments = (x, _flat_out(out), plan, *_scratch(logits, plan, threads),
+    arguments = (x, _flat_out(out), tuple(plan), *_scratch(logits, plan, threads),
                  _turned(x, plan, threads))  # fmt: skip
     _run(log_softmax_share, arguments, units, threads)
 
@@ -346,17 +354,18 @@ def log_softmax_backward(grad_output, log_probs, out, num_threads):
 def _backward(operation, grad_output, forward, out, num_threads):
     plan, units, threads = plan_of(operation, forward, out, num_threads, grad_output)
     g, p = _flat(grad_output), _flat(forward)
-    arguments = (g, p, _flat_out(out), plan, *_scratch(forward, plan, threads),
+    arguments = (g, p, _flat_out(out), tuple(plan), *_scratch(forward, plan, threads),
                  _turned(p, plan, threads), _turned(g, plan, threads))  # fmt: skip
     _run(backward_share, arguments, units, threads)
 
 
 def check_target(labels, options, num_classes, num_threads):
-    target, _, *weights = _labels(labels)
     size = labels.target.size
     units = -(-size // CHECK_BLOCK)
     found = np.empty((2, units))
-    arguments = (target, *weights, size, num_classes, options.ignore_index, found)
+    arguments = (
+        _integers(labels.target), *_weights(labels), size, num_classes, options.ignore_index, found,
+    )  # fmt: skip
     _run(check_share, arguments, units, min(num_threads, units))
     if units == 1 and not found.item(1):
         return TargetCheck(-1, found.item(0))
@@ -374,20 +383,21 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
         total = cross_entropy(logits, labels, options, scale, losses, None, num_threads)
         grad.fill(0)
         return total
-    target, soft, *weights = _labels(labels)
-    operation, other = CROSS_ENTROPY, None
-    if soft is not None:
-        operation, other = CROSS_ENTROPY_SOFT, labels.target
-    plan, units, threads = plan_of(operation, logits, grad, num_threads, other)
+    if labels.soft:
+        target, soft = None, _flat(labels.target)
+        plan, units, threads = plan_of(CROSS_ENTROPY_SOFT, logits, grad, num_threads, labels.target)
+    else:
+        target, soft = _integers(labels.target), None
+        plan, units, threads = plan_of(CROSS_ENTROPY, logits, grad, num_threads)
     x = _flat(logits)
     turned = _turned(x, plan, threads)
     turned_soft = turned if soft is None else _turned(soft, plan, threads)
     weight_sum = float(plan.num_classes if labels.weight is None else labels.weight.sum())
     partial = np.empty(-(-plan.rows // plan.summed))
     arguments = (
-        x, target, soft, *weights, *_relative(labels.weight, logits), weight_sum, plan, options,
-        scale, *_outputs(logits, losses, grad), *_scratch(logits, plan, threads), turned,
-        turned_soft, partial,
+        x, target, soft, *_weights(labels), *_relative(labels.weight, logits), weight_sum,
+        tuple(plan), tuple(options), scale, *_outputs(logits, losses, grad),
+        *_scratch(logits, plan, threads), turned, turned_soft, partial,
     )  # fmt: skip
     _run(cross_entropy_share, arguments, units, threads)
     return _total(partial)
@@ -400,24 +410,12 @@ def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
     partial = np.empty(units)
     scratch = np.empty((max(threads, 1), 1), _compute_dtype(log_probs))
     fields = np.empty((max(threads, 1), FIELDS))
-    target, _, *weights = _labels(labels)
+    rows = (_integers(labels.target), *_weights(labels), tuple(plan), tuple(options))
     losses, out = _outputs(log_probs, losses, grad)
-    arguments = (
-        _flat(log_probs),
-        target,
-        *weights,
-        plan,
-        options,
-        losses,
-        scratch,
-        fields,
-        partial,
-    )
-    _run(nll_share, arguments, units, threads)
+    _run(nll_share, (_flat(log_probs), *rows, losses, scratch, fields, partial), units, threads)
     if grad is not None:  # which may be log_probs: not before these were read
         out.fill(0)
-        arguments = (target, *weights, plan, options, scale, out, scratch, fields)
-        _run(nll_backward_share, arguments, units, threads)
+        _run(nll_backward_share, (*rows, scale, out, scratch, fields), units, threads)
     return _total(partial)
 
 
@@ -451,14 +449,13 @@ def _flat_out(array):
     return _bits(array.reshape(-1))
 
 
-def _labels(labels):
-    """Indices, as their bytes and how to read those; or probabilities; and the weights."""
-    target = soft = None
-    if labels.soft:
-        soft = _flat(labels.target)
-    else:
-        target = _read_only(labels.target).view(np.uint8), INTEGERS.index(labels.target.dtype.name)
-    return target, soft, _or_absent(labels.weight), _or_absent(labels.sample_weight)
+def _integers(target):
+    """Targets as their bytes, and how to read those."""
+    return _read_only(target).view(np.uint8), INTEGERS.index(target.dtype.name)
+
+
+def _weights(labels):
+    return _or_absent(labels.weight), _or_absent(labels.sample_weight)
 
 
 def storage_of(array):
@@ -472,13 +469,13 @@ def _compute_dtype(array):
 
 
 def _or_absent(array):
-    return _ABSENT if array is None else _read_only(array)
+    return _ABSENT[np.float64] if array is None else _read_only(array)
 
 
 def _relative(weight, logits):
     """Class weights over the largest in magnitude, in the compute type; and that."""
     if weight is None:
-        return _read_only(np.empty(0, _compute_dtype(logits))), 1.0
+        return _ABSENT[_compute_dtype(logits)], 1.0
     largest_weight = float(np.abs(weight).max())
     relative = (weight / (largest_weight or 1.0)).astype(_compute_dtype(logits))
     return _read_only(relative), largest_weight
