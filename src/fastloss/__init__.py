@@ -54,7 +54,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":  # set in meson.build; to look it up takes a while
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("fastloss")
+        try:
+            return version("fastloss")
+        except PackageNotFoundError:  # a copy that nobody installed
+            return "unknown"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import overload
 
 if numba.config.DISABLE_JIT:
-    raise ImportError("Numba compiles nothing, by NUMBA_DISABLE_JIT", name=__name__)
+    raise ImportError("Numba compiles nothing, by NUMBA_DISABLE_JIT", name=__package__)
 
 # Helpers live inside what calls them: without wrappers for Python and C they compile faster.
 _common = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
