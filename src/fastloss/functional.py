@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 
 from fastloss import _arguments, _backend, _threads
 from fastloss._contract import Backward, Loss, Map, Options
+from fastloss._operations import OPERATIONS
 
 
 def softmax(
@@ -551,12 +552,12 @@ def _loss(
     """What the losses share: check, find the divisor, allocate, call the kernel, reduce."""
     kernels = _backend.resolve(backend)
     kernel: Loss = getattr(kernels, name)
-    takes_logits = name != "nll_loss"
-    x = _arguments.logits(scores, axis, "logits" if takes_logits else "log_probs")
+    operation = OPERATIONS[name]
+    x = _arguments.logits(scores, axis, operation.scores)
     threads = _threads.threads_for(num_threads, x.array.size, kernels)
     reduced = _arguments.reduction(reduction, normalizer)
     labels, total_weight = _arguments.labels(
-        kernels, x, target, weight, sample_weight, options, threads, probabilities=takes_logits
+        kernels, x, target, weight, sample_weight, options, threads, probabilities=operation.soft
     )
     divisor = reduced.divisor(total_weight)
     grad = losses = None
