@@ -7,7 +7,8 @@ import pytest
 from support.cases import BFLOAT16
 
 import fastloss as fl
-from fastloss._operations import BY_FUNCTION
+from fastloss._contract import INDEX_OPTIONS, Options
+from fastloss._operations import BY_FUNCTION, OPERATIONS
 
 N, C = 6, 10
 F32 = np.dtype(np.float32)
@@ -40,6 +41,7 @@ SCORES = tuple(name for name in EVERY if BY_FUNCTION[name].scores == "logits")
 NLL = tuple(name for name in EVERY if BY_FUNCTION[name].inputs == ("log_probs", "target"))
 BACKWARD = tuple(name for name in EVERY if BY_FUNCTION[name].family == "backward")
 LOSSES = tuple(name for name in EVERY if BY_FUNCTION[name].family == "loss")
+FACTORS = [option for option in OPERATIONS["cross_entropy"].options if option != "label_smoothing"]
 CROSS_ENTROPY = tuple(name for name in LOSSES if BY_FUNCTION[name].soft)
 WITH_OUT = tuple(
     name for name in EVERY if BY_FUNCTION[name].returns == "logits" or name.endswith("_with_grad")
@@ -198,8 +200,12 @@ ERRORS = [
     (LOSSES, {"ignore_index": None}, TypeError, "ignore_index = None is not an integer"),
     (LOSSES, {"ignore_index": 2**63}, ValueError,
      f"ignore_index = {2**63} does not fit a 64-bit integer"),
-    (CROSS_ENTROPY, {"target": X, "ignore_index": 3}, ValueError,
-     "ignore_index = 3 is for class indices; target holds probabilities"),
+    *[
+        (CROSS_ENTROPY, {"target": X, option: value}, ValueError,
+         f"{option} = {value} is for class indices; target holds probabilities")
+        for option in INDEX_OPTIONS
+        for value in [type(Options._field_defaults[option])(3)]
+    ],
     *[
         (CROSS_ENTROPY, {"label_smoothing": value}, ValueError,
          f"label_smoothing = {value} is out of range; it must be from 0 to 1")
@@ -218,11 +224,16 @@ ERRORS = [
                       np.timedelta64(0, "s"), np.ma.masked_array(0.5))
     ],
     *[
-        (CROSS_ENTROPY, {"z_loss": value}, ValueError,
-         f"z_loss = {value} is not a finite number of at least 0")
+        (CROSS_ENTROPY, {factor: value}, ValueError,
+         f"{factor} = {value} is not a finite number of at least 0")
+        for factor in FACTORS
         for value in (-1e-4, np.nan, np.inf)
     ],
-    (CROSS_ENTROPY, {"z_loss": [1.0, 2.0]}, TypeError, "z_loss = [1.0, 2.0] is not a real number"),
+    *[
+        (CROSS_ENTROPY, {factor: [1.0, 2.0]}, TypeError,
+         f"{factor} = [1.0, 2.0] is not a real number")
+        for factor in FACTORS
+    ],
     (EVERY, {"num_threads": 0}, ValueError,
      "num_threads = 0 is out of range; it must be from 1 to 65536"),
     (EVERY, {"num_threads": 65537}, ValueError,

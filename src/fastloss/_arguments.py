@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastloss._contract import Kernels, Labels, Options
+from fastloss._contract import INDEX_OPTIONS, Kernels, Labels, Options
 
-DEFAULT_IGNORE_INDEX = -100
+DEFAULT_IGNORE_INDEX: int = Options._field_defaults["ignore_index"]
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _FLOAT_NAMES = ("float32", "float64", "float16", "bfloat16")
@@ -197,11 +197,12 @@ def labels(
     s = _sample_weight(sample_weight, rows)
     checked = Labels(_target(target, x, rows, probabilities), w, s)
     if checked.soft:
-        if options.ignore_index != DEFAULT_IGNORE_INDEX:
-            raise ValueError(
-                f"ignore_index = {options.ignore_index} is for class indices; "
-                "target holds probabilities"
-            )
+        for name in INDEX_OPTIONS:
+            value = getattr(options, name)
+            if value != Options._field_defaults[name]:
+                raise ValueError(
+                    f"{name} = {value} is for class indices; target holds probabilities"
+                )
         return checked, float(math.prod(rows.shape) if s is None else s.sum())
     indices = checked.target
     if options.ignore_index == _LARGEST_INT64 and indices.dtype == np.uint64:
@@ -287,12 +288,13 @@ def _weights(value: ArrayLike, shape: tuple[int, ...], name: str, reason: str) -
     return array
 
 
-def options(ignore_index: Any, label_smoothing: Any = 0.0, z_loss: Any = 0.0) -> Options:
-    """Check what a loss takes beside its arrays."""
+def options(ignore_index: Any, label_smoothing: Any = 0.0, **factors: Any) -> Options:
+    """Check what a loss takes beside its arrays; its factors are finite and at least 0."""
     smoothing = real(label_smoothing, "label_smoothing")
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label_smoothing = {smoothing} is out of range; it must be from 0 to 1")
-    return Options(_ignore_index(ignore_index), smoothing, _not_negative(z_loss, "z_loss"))
+    numbers = {name: _not_negative(value, name) for name, value in factors.items()}
+    return Options(_ignore_index(ignore_index), smoothing, **numbers)
 
 
 def _ignore_index(value: Any) -> int:

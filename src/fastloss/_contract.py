@@ -30,9 +30,12 @@ import numpy as np
 class Options(NamedTuple):
     """What a loss takes beside its arrays."""
 
-    ignore_index: int
+    ignore_index: int = -100
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+
+INDEX_OPTIONS = ("ignore_index",)  # those that say nothing to probabilities
 
 
 class Labels(NamedTuple):

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from fastloss._contract import INDEX_OPTIONS
+
 _NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
@@ -39,6 +41,11 @@ class Operation(NamedTuple):
         return (self.name, f"{self.name}_with_grad") if self.family == "loss" else (self.name,)
 
     @property
+    def soft_options(self) -> Mapping[str, float]:
+        """Those of its options that go with probabilities."""
+        return {name: v for name, v in self.options.items() if name not in INDEX_OPTIONS}
+
+    @property
     def variants(self) -> "Iterator[Variant]":
         """With nothing optional, with all arrays, with each number, with everything."""
         yield Variant(self, "")
@@ -50,7 +57,7 @@ class Operation(NamedTuple):
             yield Variant(self, "all", self.arrays, self.options)
         if self.soft:
             yield Variant(self, "soft", soft=True)
-            yield Variant(self, "soft all", self.arrays, self.options, soft=True)
+            yield Variant(self, "soft all", self.arrays, self.soft_options, soft=True)
 
 
 class Variant(NamedTuple):

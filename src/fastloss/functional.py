@@ -458,7 +458,7 @@ def cross_entropy(
     >>> round(fl.cross_entropy([[5, 4, 2]], [0]), 3)
     0.349
     """
-    options = _arguments.options(ignore_index, label_smoothing, z_loss)
+    options = _arguments.options(ignore_index, label_smoothing, z_loss=z_loss)
     loss, _ = _loss(
         "cross_entropy", logits, target, weight, sample_weight, options, reduction, normalizer,
         axis, backend, num_threads, with_grad=False,
@@ -526,7 +526,7 @@ normalizer, axis, backend, num_threads
     >>> round(loss, 3), grad.round(2)
     (0.349, array([[-0.29,  0.26,  0.04]]))
     """
-    options = _arguments.options(ignore_index, label_smoothing, z_loss)
+    options = _arguments.options(ignore_index, label_smoothing, z_loss=z_loss)
     return _loss(
         "cross_entropy", logits, target, weight, sample_weight, options, reduction, normalizer,
         axis, backend, num_threads, with_grad=True, out=out,

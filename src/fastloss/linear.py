@@ -157,7 +157,7 @@ def linear_cross_entropy(
     """
     plan = _plan(
         inputs, linear_weight, linear_bias, target, l2, weight, sample_weight,
-        _arguments.options(ignore_index, label_smoothing, z_loss), reduction, normalizer,
+        _arguments.options(ignore_index, label_smoothing, z_loss=z_loss), reduction, normalizer,
         chunk_rows, backend, num_threads,
     )  # fmt: skip
     return _run(plan, _NO_GRADIENTS)
@@ -235,7 +235,7 @@ label_smoothing, z_loss, reduction, normalizer, chunk_rows, backend, num_threads
     """
     plan = _plan(
         inputs, linear_weight, linear_bias, target, l2, weight, sample_weight,
-        _arguments.options(ignore_index, label_smoothing, z_loss), reduction, normalizer,
+        _arguments.options(ignore_index, label_smoothing, z_loss=z_loss), reduction, normalizer,
         chunk_rows, backend, num_threads,
     )  # fmt: skip
     inputs_grad = _arguments.flag(inputs_grad, "inputs_grad")

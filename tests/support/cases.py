@@ -188,7 +188,7 @@ def _cases(operation):
         soft = operation.scores, "target, probabilities"
         yield Case(f"{name} soft none", function, soft, (), _NONE)
         yield Case(f"{name} soft grad", with_grad, soft)
-        yield Case(f"{name} soft grad all", with_grad, soft, signed, operation.options)
+        yield Case(f"{name} soft grad all", with_grad, soft, signed, operation.soft_options)
 
 
 _CE_GRAD, _HARD = fl.cross_entropy_with_grad, ("logits", "target")

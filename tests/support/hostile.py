@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 import fastloss as fl
+from fastloss._contract import INDEX_OPTIONS, Options
 from fastloss._operations import BY_FUNCTION, OPERATIONS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -233,7 +234,12 @@ def _weights(rnd, shape):
 
 
 # What may be passed instead of a number, and whether it is wrong.
+_FACTOR = (
+    [0.0, 0, 0.01, np.float32(0.5), Fraction(1, 100)],
+    [-1e-4, np.nan, np.inf, 10**400, "0", None, 0.5j, np.complex64(0.5), [1.0, 2.0], object()],
+)
 NUMBERS = {
+    **{option: _FACTOR for operation in OPERATIONS.values() for option in operation.options},
     "axis": (
         [0, -1, np.int64(-1), np.array(0), False],
         [99, -99, 0.0, None, "0", [0], (0, 1), 1 << 70, np.array([0, 1]), 1j, np.float32(0)],
@@ -248,10 +254,6 @@ NUMBERS = {
         [-0.1, 1.5, np.nan, np.inf, 10**400, "0.1", b"0", bytearray(b"0"), memoryview(b"0"), None,
          0.5j, np.complex64(0.5), np.array(0.5j), np.array("0.5"), np.str_("0.5"), [0.1, 0.2],
          np.zeros(2), np.timedelta64(0, "s"), np.array(0, "m8[s]"), np.ma.masked],
-    ),
-    "z_loss": (
-        [0.0, 0, 0.01, np.float32(0.5), Fraction(1, 100)],
-        [-1e-4, np.nan, np.inf, 10**400, "0", None, 0.5j, np.complex64(0.5), [1.0, 2.0], object()],
     ),
     "normalizer": (
         [None, 1, 12.5, np.int8(3), Fraction(7, 2)],
@@ -327,8 +329,6 @@ def draw_loss(rnd, operation, arguments, wrong, shape, rows, num_classes, memori
         ignored = arguments["ignore_index"] = rnd.choice(NUMBERS["ignore_index"][0])
     if operation.soft and rnd.random() < 0.3:
         target = _probabilities(rnd, shape)
-        if ignored != -100:
-            wrong.add("ignore_index")
     else:
         target = _indices(rnd, rows, num_classes, int(ignored))
     wrapped = wrap(rnd, arrange(rnd, target, memories))
@@ -342,6 +342,9 @@ def draw_loss(rnd, operation, arguments, wrong, shape, rows, num_classes, memori
     for option in (*operation.options, "reduction", "normalizer"):
         if rnd.random() < 0.3:
             arguments[option] = rnd.choice(NUMBERS[option][0])
+    if target.dtype.kind not in "iu":
+        defaults = Options._field_defaults
+        wrong.update(o for o in INDEX_OPTIONS if arguments.get(o, defaults[o]) != defaults[o])
     if arguments.get("normalizer") is not None and arguments.get("reduction", "mean") != "mean":
         wrong.add("normalizer")
 

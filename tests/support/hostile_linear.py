@@ -307,11 +307,11 @@ def _right(plain):
     features = sparse.csr_array(x) if plain["is_sparse"] else x  # NaN times no entry is nothing
     w = plain["linear_weight"].astype(float)
     b = plain.get("linear_bias", np.zeros(len(w))).astype(float)
-    l2, z_loss, smoothing = (float(plain.get(k, 0)) for k in ("l2", "z_loss", "label_smoothing"))
+    l2, z_loss = (float(plain.get(k, 0)) for k in ("l2", "z_loss"))
+    options = {k: float(plain[k]) for k in OPERATIONS["cross_entropy"].options if k in plain}
     losses, g = fl.cross_entropy_with_grad(
-        x @ w.T + b, target, weight=classes, sample_weight=shares, z_loss=z_loss,
-        label_smoothing=smoothing, ignore_index=plain.get("ignore_index", -100), reduction="none",
-        backend="numpy",
+        x @ w.T + b, target, weight=classes, sample_weight=shares, **options,
+        ignore_index=plain.get("ignore_index", -100), reduction="none", backend="numpy",
     )  # fmt: skip
 
     # Scores are off by a part of the sizes that they are sums of, and what follows accordingly.

@@ -295,7 +295,7 @@ def _check(
         raise TypeError(f"vocab_start = {vocab_start!r} is not an integer") from None
     if not 0 <= start < 1 << 62:
         raise ValueError(f"vocab_start = {start} is out of range; it must be at least 0")
-    numbers = _arguments.options(ignore_index, label_smoothing, z_loss)
+    numbers = _arguments.options(ignore_index, label_smoothing, z_loss=z_loss)
     divisor = _arguments.reduction(reduction, normalizer).normalizer
     options = Options(
         **numbers._asdict(),
