@@ -4,10 +4,7 @@ The self-check and the benchmark (``_tools``), the figures of accuracy and the t
 cases from it; what an operation computes is said by ``_reference`` for the kernels and by the
 tests' own oracles for both.
 
-A new row needs, in this order: its oracle in ``tests/support/oracles.py``, its kernel in
-``_reference.py``, in ``_numba`` and in ``_kernels`` (a scalar step, where it is a loss of index
-targets), its name in ``_contract.Kernels`` and its public functions in ``functional.py``, exported
-by ``__init__.py``.  CONTRIBUTING.md goes through it.
+CONTRIBUTING.md ("Add a loss", "Add an option") says what a new row or option needs beside it.
 """
 
 from collections.abc import Iterator, Mapping
