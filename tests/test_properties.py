@@ -178,10 +178,12 @@ def largest_terms(x, target, options):
     smoothing, z_loss = options["label_smoothing"], options["z_loss"]
     wt = ((1 - smoothing) * t + smoothing / num_classes) * (1 if weight is None else weight)
     lse = np.abs(x).max(axis=1) + np.abs(fl.logsumexp(x, backend="numpy"))  # a sum that may cancel
-    factor = wt.sum(axis=1) + 2 * z_loss * lse
-    terms = s * (factor[:, None] * fl.softmax(x, backend="numpy") + wt).max(axis=1)
+    with np.errstate(invalid="ignore"):  # of infinite scores, whose gradients are NaN
+        factor = np.abs(wt).sum(axis=1) + 2 * z_loss * lse
+        terms = factor[:, None] * fl.softmax(x, backend="numpy") + np.abs(wt)
+        terms = np.abs(s) * terms.max(axis=1)
     if options["reduction"] == "mean":
-        terms = terms / (divisor or 1)
+        terms = terms / abs(divisor or 1)
     return np.expand_dims(np.nan_to_num(terms).astype(float).reshape(rows), axis)
 
 
