@@ -15,7 +15,8 @@ import rich.console
 
 import fastloss as fl
 from fastloss.__main__ import main
-from fastloss._tools import check, measure, peers, report
+from fastloss._tools import check, measure, peers
+from fastloss._tools.report import contenders, table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENDERS = ("cython", "numba", "numpy")
@@ -224,7 +225,7 @@ def test_peers_run_what_they_can(quick):
 def test_bench_draws_every_contender(quick):
     report, plot = quick
     svg = plot.read_text()
-    assert all(name in svg for name in report.contenders(report))
+    assert all(name in svg for name in contenders(report))
 
 
 def test_bench_runs_as_a_module(tmp_path):
@@ -346,7 +347,7 @@ def test_a_contender_that_fails_does_not_end_the_run():
     assert measured["contenders"]["x"] == {"error": "RuntimeError: no [/result]"}
     assert measured["contenders"]["cython"]["best"] > 0
     console = rich.console.Console(record=True, width=140)
-    console.print(report.table({"results": [measured], **REPORT_HEAD}))
+    console.print(table({"results": [measured], **REPORT_HEAD}))
     assert "RuntimeError: no [/result]" in console.export_text()
 
 

@@ -85,11 +85,12 @@ def _check(options: argparse.Namespace) -> int:
     for reason in missing.values():
         print(f"not checked: {reason}")
     print("largest difference from the reference, as a share of what is allowed")
-    print(f"{'operation':<24}{'dtype':<10}" + "".join(f"{name:>20}" for name in backends))
+    width = max(map(len, check.CHECKED)) + 1
+    print(f"{'operation':<{width}}{'dtype':<10}" + "".join(f"{name:>20}" for name in backends))
     complaints = []
     for outcome in check.run(backends):
         shares = "".join(f"{share:>20.3g}" for share in outcome.worst.values())
-        print(f"{outcome.operation:<24}{outcome.dtype:<10}{shares}", flush=True)
+        print(f"{outcome.operation:<{width}}{outcome.dtype:<10}{shares}", flush=True)
         complaints += [
             f"{name} disagrees: {outcome.operation}, {outcome.dtype}: {outcome.where[name]}"
             for name in outcome.disagreeing
