@@ -162,4 +162,5 @@ def threads_of_a_call(backend):
     before = threads_of_process()
     fl.softmax(X)
     time.sleep(0.1)  # OpenMP keeps its threads; others come to an end
-    return int(config()["threads"].split()[0]), threads_of_process() - before + 1
+    used = threads_of_process() - before + 1  # before config() starts Numba's, to name its layer
+    return int(config()["threads"].split()[0]), used
