@@ -247,10 +247,19 @@ cdef Job job_of_loss(
     return job
 
 
+cdef Options options_of(tuple options) except *:
+    cdef Options result
+    cdef double* number = <double*>&result  # every field has the size of one
+    result.ignore_index = options[0]
+    for i in range(1, len(options)):
+        number[i] = options[i]
+    return result
+
+
 cdef void add_labels(Job* job, labels, options) except *:
     cdef cnp.ndarray target, weight, sample_weight
     target, weight, sample_weight = labels
-    job.options = options._asdict()
+    job.options = options_of(options)
     if cnp.PyArray_ISINTEGER(target):
         job.target = cnp.PyArray_BYTES(target)
         job.target_kind = target_kind_of(target)

@@ -17,7 +17,7 @@ _NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 class Operation(NamedTuple):
-    """A public function, and the kernel of the same name."""
+    """A public function, and the kernel that computes it."""
 
     name: str
     family: Literal["map", "backward", "loss"]  # a loss comes with NAME_with_grad
@@ -26,6 +26,12 @@ class Operation(NamedTuple):
     arrays: tuple[str, ...] = ()  # more of them, optional
     options: Mapping[str, float] = _NOTHING  # numbers, optional, and a value of each to try it with
     soft: bool = False  # whether the target may hold probabilities
+    by: str | None = None  # the kernel it is an option of; None: the one of the same name
+
+    @property
+    def kernel(self) -> str:
+        """The name in `Kernels`."""
+        return self.by or self.name
 
     @property
     def scores(self) -> str:

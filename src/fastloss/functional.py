@@ -551,8 +551,8 @@ def _loss(
 ) -> tuple[float | np.ndarray, Any]:
     """What the losses share: check, find the divisor, allocate, call the kernel, reduce."""
     kernels = _backend.resolve(backend)
-    kernel: Loss = getattr(kernels, name)
     operation = OPERATIONS[name]
+    kernel: Loss = getattr(kernels, operation.kernel)
     x = _arguments.logits(scores, axis, operation.scores)
     threads = _threads.threads_for(num_threads, x.array.size, kernels)
     reduced = _arguments.reduction(reduction, normalizer)

@@ -88,7 +88,7 @@ cdef inline bint writes_rows(Operation operation) noexcept nogil:
 
 
 cdef struct Options:
-    # Fields as in _contract.Options.
+    # Fields as in _contract.Options, in the same order: an integer, then doubles.
     int64_t ignore_index
     double label_smoothing
     double z_loss

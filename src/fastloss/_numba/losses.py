@@ -45,14 +45,16 @@ def add_exponentials(r, n, like):
         r[TARGET_EXP + i] = exponential(real(r[TARGET_LOGIT + i]), pivot, magic, lowest_of(magic))
 
 
-@spliced
-def scalar_step(target, soft, r, n, plan, options, scale, weight_sum, like):
-    """Which loss: of soft targets unless they are None, else of indices."""
-    # What is None is known before types are inferred: the other step is not even compiled.
-    if soft is not None:
-        cross_entropy_soft_step(r, n, options, scale, like)
-    if target is not None:
-        cross_entropy_step(r, n, plan.num_classes, options, scale, weight_sum, like)
+@inline
+def left_out_of(a, p, others, subtracted, rest):
+    """a p - subtracted, or the same as rest - a (1 - p): the second unless it cancels more."""
+    cancels = 2.0 * larger(a * p, subtracted) < larger(a * others, rest)
+    return a * p - subtracted if cancels else rest - a * others
+
+
+@inline
+def larger(a, b):
+    return abs(a) if abs(a) > abs(b) else abs(b)
 
 
 @inline
@@ -110,16 +112,14 @@ def cross_entropy_soft_step(r, n, options, scale, like):
         r[LEFT_OUT + i] = times(weight, left_out)
 
 
-@inline
-def left_out_of(a, p, others, subtracted, rest):
-    """a p - subtracted, or the same as rest - a (1 - p): the second unless it cancels more."""
-    cancels = 2.0 * larger(a * p, subtracted) < larger(a * others, rest)
-    return a * p - subtracted if cancels else rest - a * others
-
-
-@inline
-def larger(a, b):
-    return abs(a) if abs(a) > abs(b) else abs(b)
+@spliced
+def scalar_step(target, soft, r, n, plan, options, scale, weight_sum, like):
+    """Which loss: of soft targets unless they are None, else of indices."""
+    # What is None is known before types are inferred: the other step is not even compiled.
+    if soft is not None:
+        cross_entropy_soft_step(r, n, options, scale, like)
+    if target is not None:
+        cross_entropy_step(r, n, plan.num_classes, options, scale, weight_sum, like)
 
 
 @summing

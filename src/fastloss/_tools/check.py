@@ -141,7 +141,7 @@ class Problem:
         if operation == "check_target":
             return self._check_target(kernels)
         variant = VARIANTS[operation]
-        kernel = getattr(kernels, variant.operation.name)
+        kernel = getattr(kernels, variant.operation.kernel)
         if variant.operation.family == "loss":
             return self._loss(kernel, variant)
         return self._map(kernel, variant.operation)
