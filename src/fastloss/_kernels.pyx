@@ -247,7 +247,7 @@ cdef Job job_of_loss(
     return job
 
 
-cdef Options options_of(tuple options) except *:
+cdef Options options_of(options) except *:
     cdef Options result
     cdef double* number = <double*>&result  # every field has the size of one
     result.ignore_index = options[0]
