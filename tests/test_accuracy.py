@@ -95,6 +95,8 @@ def test_a_million_rows_of_ten(backend):
 
 
 def test_the_mean_over_ten_million_rows(backend):
+    if backend == "numpy":
+        pytest.skip("the reference is for smaller arrays")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(10**7, 2)).astype(np.float32)
     y = rng.integers(0, 2, len(x), dtype=np.int64)

@@ -102,10 +102,6 @@ def mypy(*arguments, **environment):
     return result.stdout + result.stderr
 
 
-def test_types():
-    assert "Success: no issues found" in mypy()
-
-
 def test_types_that_users_see(tmp_path):
     """They let a right use pass, and find a wrong one."""
     program = tmp_path / "program.py"

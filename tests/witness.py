@@ -86,7 +86,7 @@ def _extremes():
 
 def _targets():
     for name, integer, layout in itertools.product(
-        ("cross_entropy grad none", "nll_loss grad"), INTEGERS, SOME_LAYOUTS
+        ("cross_entropy grad none", "nll_loss grad none"), INTEGERS, SOME_LAYOUTS
     ):
         case = cases.by_name[name]
         scores, target = case.problem(layout.n, layout.num_classes, FLOATS[0])
@@ -103,7 +103,7 @@ def _streamed():
         "cross_entropy grad",
         "cross_entropy grad all",
         "cross_entropy soft grad all",
-        "nll_loss grad",
+        "nll_loss grad none",
     )
     for name, layout, dtype in itertools.product(names, STREAMED, FLOATS + HALVES[:1]):
         case = cases.by_name[name]

@@ -162,7 +162,11 @@ _NONE = {"reduction": "none"}
 
 
 def _cases(operation):
-    """With and without a gradient: nothing optional, each by itself, everything together."""
+    """With and without a gradient: nothing optional, everything together; each number by itself.
+
+    Where there are none, nor anything between the scores and the losses that they would change,
+    one array by itself shows no more than all do.
+    """
     name, function = operation.name, getattr(fl, operation.name)
     if operation.family != "loss":
         yield Case(name, function, operation.inputs)
@@ -172,10 +176,13 @@ def _cases(operation):
     ignored = operation.scores, "target, some ignored"
     everything = {"ignore_index": IGNORED, **operation.options}
     yield Case(name, function, hard)
-    yield Case(f"{name} none", function, hard, (), _NONE)
     yield Case(f"{name} all none", function, ignored, signed, {**everything, **_NONE})
-    yield Case(f"{name} grad", with_grad, hard)
     yield Case(f"{name} grad none", with_grad, hard, (), _NONE)
+    yield Case(f"{name} grad all", with_grad, ignored, signed, everything)
+    if not operation.options:
+        return
+    yield Case(f"{name} none", function, hard, (), _NONE)
+    yield Case(f"{name} grad", with_grad, hard)
     for array in operation.arrays:
         options = {"ignore_index": IGNORED} if array == "sample_weight" else {}
         yield Case(
@@ -183,7 +190,6 @@ def _cases(operation):
         )
     for option, value in operation.options.items():
         yield Case(f"{name} grad {option}", with_grad, hard, (), {option: value, **_NONE})
-    yield Case(f"{name} grad all", with_grad, ignored, signed, everything)
     if operation.soft:
         soft = operation.scores, "target, probabilities"
         yield Case(f"{name} soft none", function, soft, (), _NONE)
