@@ -876,7 +876,16 @@ def raise_interrupt(*arguments):
 signals = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
 
 
+@pytest.fixture
+def interruptible():
+    """Whoever starts the tests in the background of a shell has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @signals
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_a_call(small_chunks, monkeypatch):
     main = threading.main_thread().ident
     rows = watch_chunks(monkeypatch, lambda: signal.pthread_kill(main, signal.SIGINT))
