@@ -17,13 +17,21 @@ together in scratch that stays in cache and goes out in one run; a large result 
 caches, so that memory is not read only to be overwritten, and what the next unit needs is fetched
 meanwhile.
 
+Two units for exponentials. Most rows need no maximum: theirs are 2**48 exp(x) (in float64 2**497),
+which is exact as long as nothing overflows and what counts is no subnormal number, and so can be
+taken in one run of many rows, wherever each ends. A row that is not so tame has units of its own, a
+power of two near its maximum. Which of the two it is the row decides by itself, by its own scores
+and weight (in_common_units), so that its bits do not depend on what is around it; where smoothing
+or soft targets ask how far all scores are from the maximum, rows have their own units.
+
 The sum leaves one class out (the target, or the maximum), which is what makes small losses exact.
+Where units are common, others are related to the target itself: a loss is log1p(others / e_y).
 0 * inf counts as 0.
 
-The hot loops are those over CHUNK or LANES in largest, exp_block, exp_tile, write_tile and
-transpose, and those of scale_row and cross_entropy_step.  In the assembly (objdump -d) they must
+The hot loops are those over CHUNK or LANES in largest, exp_run, exp_block, exp_tile, write_tile and
+transpose, and those of scale_row, plain_step and cross_entropy_step.  In the assembly (objdump -d) they must
 be straight runs of packed instructions, zmm registers in the v4 build and ymm in v3, without a
-call, a scalar instruction or a gather.  exp_block is bound by its 11 multiplications and
+call, a scalar instruction or a gather.  exp_run is bound by its 10 multiplications and
 comparisons per vector; all else must hide behind them.
 """
 
@@ -137,6 +145,8 @@ cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
     job.group = job.summed = job.step = LANES
     job.row_step = C
     job.layout = TILES if C <= SHORT_ROW else ROWS if job.inner == 1 else COLUMNS
+    if job.inner == 1 and C > SHORT_FLAT_ROW and is_flat(job, operation):
+        job.layout = ROWS
     if is_nll(operation):
         job.numbers = 1
     elif job.layout == TILES:

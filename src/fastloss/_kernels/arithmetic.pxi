@@ -40,6 +40,33 @@ cdef inline real magic_of(real maximum) noexcept nogil:
         return (6755399441055744.0 + 1023 + 64) - (shifted - 6755399441055744.0)
 
 
+cdef inline real tame_of(real unused) noexcept nogil:
+    """The largest score of a row whose exponentials are in common units."""
+    return 36.0 if real is float else 300.0
+
+
+cdef inline real common_magic(real unused) noexcept nogil:
+    """As magic_of, for rows without a reference of their own: for 2**48 exp(x), or 2**497 exp(x).
+
+    No sum of tame rows overflows there.
+    """
+    return 12582912.0 + 127 + 48 if real is float else 6755399441055744.0 + 1023 + 497
+
+
+cdef inline bint in_common_units(
+    double total, double least, real top, double weight
+) noexcept nogil:
+    """Whether a row's exponentials are exact in common units: by its sum, one of them, its maximum.
+
+    None overflowed; what will be a subnormal result is a normal number, and so is the weight over
+    the sum; `least`, the target's, is not so small that the ratio to it would overflow.
+    """
+    cdef double negligible = 7.888609052210118e-31 if real is float else 1.1830521861667747e-271
+    cdef bint exact = (total * power_of(top) >= 1.0) & (least >= negligible * total)
+    weight = weight if weight >= 0.0 else -weight
+    return exact & (top <= tame_of(top)) & (weight >= tiny_of(top) * total)
+
+
 cdef inline real lowest_of(real magic) noexcept nogil:
     """The x whose n - N is the exponent of 0."""
     if real is float:
@@ -85,31 +112,54 @@ cdef inline real exponential(real x, real pivot, real magic, real lowest) noexce
         return p * fl_from_bits_d(<int64_t>(<uint64_t>fl_bits_d(shifted) << 52))
 
 
-cdef inline double log1p(double x) noexcept nogil:
-    """log(1 + x) for x >= 0, free of branches so that it vectorises (after fdlibm's e_log.c)."""
-    cdef double u = 1.0 + x
-    cdef double back = u - 1.0
-    cdef double lost = (1.0 - (u - back)) + (x - back)
-    # u = 2**k * z with z in [sqrt(1/2), sqrt(2))
-    cdef uint64_t bits = <uint64_t>fl_bits_d(u)
-    cdef uint64_t k = (bits - 0x3fe6a09e667f3bcdULL) >> 52
-    cdef double f = fl_from_bits_d(<int64_t>(bits - (k << 52))) - 1.0
-    # An integer below 2**52 becomes a double through the mantissa of 2**52.
-    cdef double e = fl_from_bits_d(<int64_t>(k | 0x4330000000000000ULL)) - 4503599627370496.0
-    cdef double s = f / (2.0 + f)
-    cdef double z = s * s
-    cdef double w = z * z
-    cdef double t1 = w * fl_fma_d(w, fl_fma_d(w, 1.531383769920937332e-01,
-                                              2.222219843214978396e-01), 3.999999999940941908e-01)
-    cdef double t2 = z * fl_fma_d(w, fl_fma_d(w, fl_fma_d(
-        w, 1.479819860511658591e-01, 1.818357216161805012e-01), 2.857142874366239149e-01),
-        6.666666666666735130e-01)
-    cdef double half = 0.5 * f * f
-    # What 1 + x rounded off, over u; it matters where u is near 1.
-    cdef double rest = lost - lost * f if u < 1.4 else 0.0
-    cdef double log_z = half - (s * (half + t1 + t2) + (e * 1.90821492927058770002e-10 + rest))
-    cdef double result = e * 6.93147180369123816490e-01 - (log_z - f)
-    return result if x <= 1.7976931348623157e308 else x  # inf and NaN pass through
+cdef inline real log1p(real x) noexcept nogil:
+    """log(1 + x) for x >= 0, free of branches so that it vectorises.
+
+    After fdlibm's e_logf.c and e_log.c.
+    """
+    cdef real one = 1.0, two = 2.0
+    cdef real u = one + x
+    cdef real back = u - one
+    cdef real lost = (one - (u - back)) + (x - back)
+    cdef real f, e, s, z, w, t1, t2, half, rest, log_z, result
+    cdef uint32_t bits, k
+    cdef uint64_t long_bits, long_k
+    # u = 2**k * z with z in [sqrt(1/2), sqrt(2)), f = z - 1; rest: what 1 + x rounded off, over u
+    if real is float:
+        bits = <uint32_t>fl_bits_f(u)
+        k = (bits - 0x3f3504f3) >> 23
+        f = fl_from_bits_f(<int32_t>(bits - (k << 23))) - one
+        e = <float><int32_t>k
+        rest = (lost - lost * f) * fl_from_bits_f(<int32_t>((127 - k) << 23))
+        s = f / (two + f)
+        z = s * s
+        w = z * z
+        t1 = w * fl_fma_f(w, 0.24279078841, 0.40000972152)
+        t2 = z * fl_fma_f(w, 0.28498786688, 0.66666662693)
+        half = <float>0.5 * f * f
+        log_z = half - (s * (half + t1 + t2) + (e * <float>9.0580006145e-06 + rest))
+        result = e * <float>0.69313812256 - (log_z - f)
+        return result if x <= <float>3.4028234664e38 else x  # inf and NaN pass through
+    else:
+        long_bits = <uint64_t>fl_bits_d(u)
+        long_k = (long_bits - 0x3fe6a09e667f3bcdULL) >> 52
+        f = fl_from_bits_d(<int64_t>(long_bits - (long_k << 52))) - one
+        # An integer below 2**52 becomes a double through the mantissa of 2**52.
+        e = fl_from_bits_d(<int64_t>(long_k | 0x4330000000000000ULL)) - 4503599627370496.0
+        s = f / (two + f)
+        z = s * s
+        w = z * z
+        t1 = w * fl_fma_d(w, fl_fma_d(w, 1.531383769920937332e-01, 2.222219843214978396e-01),
+                          3.999999999940941908e-01)
+        t2 = z * fl_fma_d(w, fl_fma_d(w, fl_fma_d(
+            w, 1.479819860511658591e-01, 1.818357216161805012e-01), 2.857142874366239149e-01),
+            6.666666666666735130e-01)
+        half = 0.5 * f * f
+        # What 1 + x rounded off, over u; it matters where u is near 1.
+        rest = lost - lost * f if u < 1.4 else 0.0
+        log_z = half - (s * (half + t1 + t2) + (e * 1.90821492927058770002e-10 + rest))
+        result = e * 6.93147180369123816490e-01 - (log_z - f)
+        return result if x <= 1.7976931348623157e308 else x  # inf and NaN pass through
 
 
 cdef inline real times(real weight, real value) noexcept nogil:

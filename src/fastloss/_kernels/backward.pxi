@@ -61,7 +61,7 @@ cdef void huge_difference(
 cdef void backward_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
-    cdef real* kept = kept_rows(job, unit, scratch)
+    cdef real* kept = scratch + 2 * BLOCK
     cdef const char* forward
     cdef const char* upstream
     cdef const real* p
@@ -107,7 +107,7 @@ cdef void backward_rows(
             width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
             g = load_block(job.storage, upstream, c, width, scratch)
             p = load_block(job.storage, forward, c, width, scratch + BLOCK)
-            result = kept + i * job.row_step + c
+            result = kept + i * job.num_classes + c
             if huge:
                 huge_difference(operation, g, p, result, 1, width, m, total)
             elif operation == SOFTMAX_BACKWARD:

@@ -53,11 +53,44 @@ cdef inline bint holds_nan(const real* x, Py_ssize_t step, Py_ssize_t n) noexcep
     return count > 0
 
 
+cdef inline real exp_run(
+    const real* x, Py_ssize_t n, real* e, const char* later, Py_ssize_t step
+) noexcept nogil:
+    """The exponentials e in common units, wherever rows end, and the largest x, NaN left aside.
+
+    e has room for whole chunks. Meanwhile memory is fetched, as in exp_block.
+    """
+    cdef real top[CHUNK]
+    cdef real value[CHUNK]
+    cdef real rest[CHUNK]
+    cdef real magic = common_magic(x[0]), lowest = lowest_of(magic)
+    cdef const real* source
+    cdef Py_ssize_t chunk, j, whole = n // CHUNK
+    pad(x + whole * CHUNK, n - whole * CHUNK, -1, rest)
+    for j in range(CHUNK):
+        top[j] = <real>-INFINITY
+    for chunk in range((n + CHUNK - 1) // CHUNK):
+        source = x + chunk * CHUNK
+        if chunk == whole:
+            source = rest
+        fetch(later + chunk * step, step)
+        for j in range(CHUNK):
+            top[j] = source[j] if source[j] > top[j] else top[j]
+        for j in range(CHUNK):
+            value[j] = exponential(source[j], <real>0.0, magic, lowest)
+        for j in range(CHUNK):
+            e[chunk * CHUNK + j] = value[j]
+    if real is float:
+        return fl_max_f(top)
+    else:
+        return fl_max_d(top)
+
+
 cdef inline double exp_block(
     const real* x, Py_ssize_t n, Py_ssize_t skip, real pivot, real magic, real* e,
     const char* later, Py_ssize_t step,
 ) noexcept nogil:
-    """The sum of the exponentials e, that at `skip` being 0; e has room for whole chunks.
+    """The sum of the exponentials e, that at `skip` being 0.
 
     Meanwhile memory from `later` on is fetched, `step` bytes a chunk.
     """
@@ -86,8 +119,11 @@ cdef inline double exp_block(
             value[j] = exponential(source[j], pivot, magic, lowest)
         for j in range(CHUNK):
             lane[j] += value[j]
-        for j in range(CHUNK):
-            e[i + j] = value[j]
+        if chunk < whole:
+            for j in range(CHUNK):
+                e[i + j] = value[j]
+        else:
+            memcpy(e + i, value, (n - i) * sizeof(real))
     return fold(lane)
 
 
@@ -101,6 +137,22 @@ cdef inline double fold(const real* lane) noexcept nogil:
 
 cdef inline double fold_lanes(const double* lane) noexcept nogil:
     return fold(lane) + fold(lane + CHUNK)
+
+
+cdef inline double sum_kept(const real* e, Py_ssize_t n) noexcept nogil:
+    """As sum_block, of numbers in scratch: whole chunks may be read."""
+    cdef real lane[CHUNK]
+    cdef Py_ssize_t chunk, j, whole = n // CHUNK
+    cdef int width = <int>(n - whole * CHUNK)
+    for j in range(CHUNK):
+        lane[j] = 0
+    for chunk in range(whole):
+        for j in range(CHUNK):
+            lane[j] += e[chunk * CHUNK + j]
+    e += whole * CHUNK
+    for j in range(CHUNK):
+        lane[j] += e[j] if <int>j < width else <real>0.0
+    return fold(lane)
 
 
 cdef inline double sum_block(const real* g, Py_ssize_t n) noexcept nogil:

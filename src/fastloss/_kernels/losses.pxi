@@ -57,6 +57,25 @@ cdef inline void cross_entropy_step(const Job* job, Rows* r, Py_ssize_t n) noexc
         r.left_out[i] = times(weight, left_out)
 
 
+cdef inline void plain_step(
+    const Job* job, Rows* r, Py_ssize_t n, real unused
+) noexcept nogil:
+    """As cross_entropy_step, without smoothing and z-loss; the logarithm in the compute type."""
+    cdef real log_sum
+    cdef double b, inverse, weight, power = power_of(unused)
+    cdef Py_ssize_t i
+    for i in range(n):
+        b = r.target_weight[i]
+        log_sum = log1p(<real>((r.others[i] + (r.target_exp[i] - r.top[i])) / r.top[i]))
+        r.loss[i] = times(
+            r.row_weight[i], times(b, <double>log_sum - (r.target_logit[i] - r.maximum[i])))
+        inverse = 1.0 / (r.others[i] + r.target_exp[i])
+        weight = r.row_weight[i] * job.scale
+        r.factor[i] = times(weight, b * (inverse / power))
+        r.spread[i] = 0.0
+        r.left_out[i] = times(weight, 0.0 - b * (r.others[i] * inverse))
+
+
 cdef inline void cross_entropy_soft_step(const Job* job, Rows* r, Py_ssize_t n) noexcept nogil:
     cdef double log_sum, lse, z_slope, total, mass, a, loss, weight, left_out
     cdef double power = power_of_job(job)
@@ -79,12 +98,18 @@ cdef inline void cross_entropy_soft_step(const Job* job, Rows* r, Py_ssize_t n) 
         r.left_out[i] = times(weight, left_out)
 
 
+cdef inline bint is_plain(const Job* job) noexcept nogil:
+    return job.options.label_smoothing == 0.0 and job.options.z_loss == 0.0
+
+
 cdef inline void scalar_step(
-    const Job* job, Operation operation, Rows* r, Py_ssize_t n
+    const Job* job, Operation operation, Rows* r, Py_ssize_t n, real unused
 ) noexcept nogil:
     """Which loss it is: nothing else that rows and tiles go through depends on that."""
     if has_soft_target(operation):
         cross_entropy_soft_step(job, r, n)
+    elif is_plain(job):
+        plain_step(job, r, n, unused)
     else:
         cross_entropy_step(job, r, n)
 

@@ -13,18 +13,15 @@ cdef inline Py_ssize_t row_numbers(const Job* job) noexcept nogil:
     return 2 * BLOCK + job.summed * job.num_classes + CHUNK
 
 
-cdef inline real* kept_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept nogil:
-    """Where the rows of a group are put together: in scratch, or, of columns, where they are."""
-    if job.layout == ROWS:
-        return scratch + 2 * BLOCK
-    return <real*>job.out + unit * job.group * job.row_step
-
-
 cdef inline void store_rows(
     const Job* job, Py_ssize_t first, Py_ssize_t n, const real* kept
 ) noexcept nogil:
-    if job.layout == ROWS:
-        store(job, first * job.num_classes, n * job.num_classes, kept)
+    cdef Py_ssize_t C = job.num_classes, i
+    if job.row_step == C:
+        store(job, first * C, n * C, kept)
+        return
+    for i in range(n):
+        store(job, (first + i) * job.row_step, C, kept + i * C)
 
 
 cdef inline real largest_of_row(const Job* job, const char* x, real* buffer) noexcept nogil:
@@ -96,6 +93,46 @@ cdef inline double exp_row(
     return total
 
 
+cdef inline real exp_rows(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, real* kept, real* scratch
+) noexcept nogil:
+    """Exponentials in common units; the largest score. Memory is fetched as in exp_row."""
+    cdef Py_ssize_t C = job.num_classes, size = itemsize(job.storage)
+    cdef bint together = job.row_step == C  # the rows are one run
+    cdef Py_ssize_t runs = 1 if together else n, run = n * C if together else C
+    cdef Py_ssize_t ahead = min(job.group * job.row_step, <Py_ssize_t>AHEAD), i, b, width
+    cdef const char* x
+    cdef real top = <real>-INFINITY, block_top
+    for i in range(runs):
+        x = row_of(job, job.logits, job.storage, first + i)
+        for b in range(blocks_in(run)):
+            width = min(run - b * BLOCK, <Py_ssize_t>BLOCK)
+            block_top = exp_run(
+                load_block(job.storage, x, b * BLOCK, width, scratch), width,
+                kept + i * C + b * BLOCK, x + (b * BLOCK + ahead) * size, CHUNK * size)
+            top = block_top if block_top > top else top
+    return top
+
+
+cdef inline double sum_row(const Job* job, const real* e) noexcept nogil:
+    cdef double total = 0.0
+    cdef Py_ssize_t b
+    for b in range(blocks_in(job.num_classes)):
+        total += sum_kept(e + b * BLOCK, min(job.num_classes - b * BLOCK, <Py_ssize_t>BLOCK))
+    return total
+
+
+cdef inline bint is_tame(
+    const Job* job, Py_ssize_t row, double total, double least, real top, double weight,
+    real* scratch,
+) noexcept nogil:
+    """Whether a row needs no reference of its own. top is the largest score of it, or of more."""
+    cdef bint tame = in_common_units(total, least, min(top, tame_of(top)), weight)
+    if not tame or top <= tame_of(top):
+        return tame
+    return largest_of_row(job, row_of(job, job.logits, job.storage, row), scratch) <= tame_of(top)
+
+
 cdef inline void scale_row(real* e, Py_ssize_t n, double factor) noexcept nogil:
     cdef Py_ssize_t j
     cdef real f = narrow_factor(e, n, factor)
@@ -116,15 +153,21 @@ cdef inline real narrow_factor(real* e, Py_ssize_t n, double factor) noexcept no
 
 
 cdef void softmax_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept nogil:
-    cdef real* kept = kept_rows(job, unit, scratch)
+    cdef real* kept = scratch + 2 * BLOCK
     cdef Rows r
+    cdef real top
+    cdef const char* x
     cdef Py_ssize_t i, first = unit * job.group, n = rows_in_unit(job, unit)
-    largest_of_rows(job, first, n, &r, scratch)
+    top = exp_rows(job, first, n, kept, scratch)
     for i in range(n):
-        r.others[i] = exp_row(job, row_of(job, job.logits, job.storage, first + i), -1,
-                              <real>r.maximum[i], kept + i * job.row_step, scratch)
+        r.others[i] = sum_row(job, kept + i * job.num_classes)
     for i in range(n):
-        scale_row(kept + i * job.row_step, job.num_classes,
+        if not is_tame(job, first + i, 2.0 * r.others[i], r.others[i], top, 1.0, scratch):
+            x = row_of(job, job.logits, job.storage, first + i)
+            r.others[i] = exp_row(job, x, -1, largest_of_row(job, x, scratch),
+                                  kept + i * job.num_classes, scratch)
+    for i in range(n):
+        scale_row(kept + i * job.num_classes, job.num_classes,
                   1.0 / (r.others[i] * power_of(scratch[0])))
     store_rows(job, first, n, kept)
 
@@ -133,7 +176,7 @@ cdef void log_softmax_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
     """log_softmax, or, without its second pass, logsumexp."""
-    cdef real* kept = kept_rows(job, unit, scratch)
+    cdef real* kept = scratch + 2 * BLOCK
     cdef Rows r
     cdef const char* x
     cdef const real* block
@@ -163,7 +206,7 @@ cdef void log_softmax_rows(
     for i in range(n):
         x = row_of(job, job.logits, job.storage, first + i)
         m, log_sum = <real>r.maximum[i], <real>r.log_sum[i]
-        result = kept + i * job.row_step
+        result = kept + i * job.num_classes
         for b in range(blocks_in(job.num_classes)):
             c = b * BLOCK
             width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
@@ -176,12 +219,12 @@ cdef void log_softmax_rows(
 cdef void loss_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
-    cdef real* kept = kept_rows(job, unit, scratch)
+    cdef real* kept = scratch + 2 * BLOCK
     cdef Rows r
     cdef int64_t index[LANES]
     cdef Py_ssize_t first = unit * job.group, n = rows_in_unit(job, unit)
     reduce_rows(job, operation, first, n, &r, index, kept, scratch)
-    scalar_step(job, operation, &r, n)
+    scalar_step(job, operation, &r, n, kept[0])
     job.partial[unit] = deliver_losses(job, first, n, r.loss)
     if job.out != NULL:
         write_rows(job, first, n, &r, index, kept, scratch)
@@ -191,35 +234,68 @@ cdef inline void reduce_rows(
     const Job* job, Operation operation, Py_ssize_t first, Py_ssize_t n, Rows* r, int64_t* index,
     real* kept, real* scratch,
 ) noexcept nogil:
-    """What the scalar step wants to know; if there is a gradient, kept receives exponentials.
+    """What the scalar step wants to know; kept receives exponentials.
 
     The sum leaves out class `index`: the target, or, of soft targets, the maximum.
     """
     cdef const char* x
-    cdef real* e = NULL
-    cdef real m
+    cdef real* e
+    cdef real top = <real>0.0
     cdef Py_ssize_t i
+    cdef bint apart = needs_maximum(job, operation)
     if has_soft_target(operation):
         read_sample_weights(job, first, n, r)
     else:
         read_targets(job, first, n, index, r)
-    largest_of_rows(job, first, n, r, scratch)
+    if not apart:
+        top = exp_rows(job, first, n, kept, scratch)
+        take_targets(job, first, n, r, index, kept, scratch)
     for i in range(n):
-        r.others[i] = r.target_logit[i] = r.gap[i] = r.mass[i] = r.top_mass[i] = 0.0
         if r.row_weight[i] == 0.0:
+            r.others[i] = r.target_logit[i] = r.gap[i] = r.mass[i] = r.top_mass[i] = 0.0
             r.maximum[i] = 0.0
-            continue
+            r.top[i] = r.target_exp[i] = 1.0
+        elif apart or not is_tame(
+            job, first + i, r.others[i] + r.target_exp[i], r.target_exp[i], top,
+            r.row_weight[i] * r.target_weight[i] * job.scale, scratch,
+        ):
+            reduce_row(job, operation, first + i, i, r, index, kept + i * job.num_classes, scratch)
+
+
+cdef inline void take_targets(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, Rows* r, const int64_t* index, real* kept,
+    real* scratch,
+) noexcept nogil:
+    """Take the targets out of the exponentials, and be their reference; sum up the rest."""
+    cdef Py_ssize_t C = job.num_classes, i
+    cdef const char* x
+    for i in range(n):
         x = row_of(job, job.logits, job.storage, first + i)
-        m = <real>r.maximum[i]
-        if has_soft_target(operation):
-            index[i] = find_in_row(job, x, m, scratch)
-        if has_soft_target(operation) or job.options.label_smoothing != 0.0:
-            gaps_of_row(job, first + i, i, r, m, index[i], scratch)
-        if job.out != NULL:
-            e = kept + i * job.row_step
-        r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
-        r.others[i] = exp_row(job, x, index[i], m, e, scratch)
-    add_exponentials(r, n, scratch[0])
+        r.maximum[i] = r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
+        r.top[i] = r.target_exp[i] = kept[i * C + index[i]]
+        r.gap[i] = 0.0
+        kept[i * C + index[i]] = <real>0.0
+    for i in range(n):
+        r.others[i] = sum_row(job, kept + i * C)
+
+
+cdef void reduce_row(
+    const Job* job, Operation operation, Py_ssize_t row, Py_ssize_t i, Rows* r, int64_t* index,
+    real* kept, real* scratch,
+) noexcept nogil:
+    """As reduce_rows, for a row with a reference of its own."""
+    cdef const char* x = row_of(job, job.logits, job.storage, row)
+    cdef real m = largest_of_row(job, x, scratch), pivot = pivot_of(m), magic = magic_of(m)
+    r.maximum[i] = m
+    r.gap[i] = r.mass[i] = r.top_mass[i] = 0.0
+    if has_soft_target(operation):
+        index[i] = find_in_row(job, x, m, scratch)
+    if has_soft_target(operation) or job.options.label_smoothing != 0.0:
+        gaps_of_row(job, row, i, r, m, index[i], scratch)
+    r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
+    r.others[i] = exp_row(job, x, index[i], m, kept, scratch)
+    r.top[i] = exponential(m, pivot, magic, lowest_of(magic))
+    r.target_exp[i] = exponential(<real>r.target_logit[i], pivot, magic, lowest_of(magic))
 
 
 cdef void gaps_of_row(
@@ -262,7 +338,7 @@ cdef inline void write_rows(
 ) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
-        write_row(job, first + i, i, r, index[i], kept + i * job.row_step, scratch)
+        write_row(job, first + i, i, r, index[i], kept + i * job.num_classes, scratch)
     store_rows(job, first, n, kept)
 
 

@@ -119,20 +119,68 @@ cdef inline void find_in_lanes(
         index[j] = k[j]
 
 
-cdef inline void exp_tile(
-    const Job* job, Py_ssize_t first, real* tile, const real* maximum, const int32_t* index,
-    bint keep_exponentials, Rows* r,
-) noexcept nogil:
-    """Sums of exponentials without class index; if kept, they take the place of the scores.
+cdef inline void take_units(Rows* r, double own) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(LANES):
+        r.own[j] = own
+        r.maximum[j] = r.maximum[j] if own else 0.0
 
+
+cdef inline bint find_untamed(Rows* r, double scale, real unused) noexcept nogil:
+    """The lanes that common units are not for are to have their own; whether there are any."""
+    cdef double weight
+    cdef int found = 0
+    cdef Py_ssize_t j
+    for j in range(LANES):
+        weight = r.row_weight[j] * r.target_weight[j] * scale
+        r.own[j] = (r.row_weight[j] != 0.0) & (not in_common_units(
+            r.others[j] + r.target_exp[j], r.target_exp[j], <real>r.maximum[j], weight))
+    for j in range(LANES):
+        found |= r.own[j] != 0.0
+    return found
+
+
+cdef inline bint adds_as_rows(const Job* job) noexcept nogil:
+    """Whether rows of so many classes, if these lie next to each other, are no tiles."""
+    return job.num_classes > SHORT_FLAT_ROW
+
+
+cdef inline void fold_parts(const real* parts, double* total) noexcept nogil:
+    """As fold, of the parts of every lane."""
+    cdef double s[8 * LANES]
+    cdef Py_ssize_t i, half = 4
+    for i in range(8 * LANES):
+        s[i] = (<double>parts[i] + <double>parts[i + 8 * LANES]) + (
+            <double>parts[i + 16 * LANES] + <double>parts[i + 24 * LANES])
+    while half > 1:
+        for i in range(half * LANES):
+            s[i] += s[i + half * LANES]
+        half //= 2
+    for i in range(LANES):
+        total[i] = s[i] + s[i + LANES]
+
+
+cdef inline void exp_tile(
+    const Job* job, Py_ssize_t first, const real* tile, const int32_t* index, real* e,
+    bint as_rows, Rows* r,
+) noexcept nogil:
+    """The exponentials e, and their sums; also the largest scores, NaN left aside.
+
+    The sums are without class index, whose exponential is apart; if as_rows, they are added up in
+    the order of rows.pxi, so that bits do not depend on which axis the classes are. e may be the
+    tile, or NULL.
     Meanwhile the scores of the unit after that of row `first` are fetched, so that memory is
     never idle.
     """
     cdef real pivot[LANES]
     cdef real magic[LANES]
     cdef real lowest[LANES]
+    cdef real largest[LANES]
+    cdef real left_out[LANES]
+    cdef real m
     cdef real line[LANES]
     cdef real lane[LANES]
+    cdef real parts[CHUNK * LANES]
     cdef double total[LANES]
     cdef int32_t hole[LANES]
     cdef Py_ssize_t size = itemsize(job.storage), step = job.step, next = first + job.group
@@ -142,28 +190,44 @@ cdef inline void exp_tile(
     cdef int32_t c
     cdef Py_ssize_t j
     for j in range(LANES):
-        pivot[j] = pivot_of(maximum[j])
-        magic[j] = magic_of(maximum[j])
+        m = <real>r.maximum[j]
+        pivot[j] = pivot_of(m) if r.own[j] else <real>0.0
+        magic[j] = magic_of(m) if r.own[j] else common_magic(m)
         lowest[j] = lowest_of(magic[j])
+        largest[j] = <real>-INFINITY
+        left_out[j] = 0
         hole[j] = index[j]
         lane[j] = 0
         total[j] = 0.0
+    if as_rows:
+        memset(parts, 0, CHUNK * LANES * sizeof(real))
     for c in range(<int32_t>job.num_classes):
         fetch(later + c * later_step, LANES * size)
         for j in range(LANES):
-            line[j] = exponential(tile[c * step + j], pivot[j], magic[j], lowest[j])
+            largest[j] = tile[c * step + j] if tile[c * step + j] > largest[j] else largest[j]
         for j in range(LANES):
-            lane[j] += <real>0 if hole[j] == c else line[j]
-        if keep_exponentials:
+            line[j] = exponential(tile[c * step + j], pivot[j], magic[j], lowest[j])
+        if as_rows:
             for j in range(LANES):
-                tile[c * step + j] = line[j]
+                parts[c % CHUNK * LANES + j] += <real>0 if hole[j] == c else line[j]
+        else:
+            for j in range(LANES):
+                lane[j] += <real>0 if hole[j] == c else line[j]
+        for j in range(LANES):
+            left_out[j] = line[j] if hole[j] == c else left_out[j]
+        if e != NULL:
+            for j in range(LANES):
+                e[c * step + j] = line[j]
         if c % RUN == RUN - 1:
             for j in range(LANES):
                 total[j] += lane[j]
                 lane[j] = 0
+    if as_rows:
+        fold_parts(parts, total)
     for j in range(LANES):
-        r.maximum[j] = maximum[j]
+        r.maximum[j] = largest[j]
         r.others[j] = total[j] + lane[j]
+        r.target_exp[j] = left_out[j]
 
 
 cdef inline void narrow_factors(const Job* job, real* tile, const Rows* r, real* f) noexcept nogil:
@@ -190,21 +254,25 @@ cdef inline real weight_of(const Job* job, Py_ssize_t c, real unused) noexcept n
     return <real>1.0 if job.weight == NULL else (<const real*>job.relative_weight)[c]
 
 
-cdef void softmax_tile(const Job* job, Py_ssize_t first, real* tile) noexcept nogil:
+cdef void softmax_tile(const Job* job, Py_ssize_t first, real* tile, real* e) noexcept nogil:
     cdef Rows r
-    cdef real maximum[LANES]
     cdef real inverse[LANES]
     cdef int32_t index[LANES]
     cdef Py_ssize_t c, j, step = job.step
-    largest_in_lanes(job, tile, maximum)
     for j in range(LANES):
         index[j] = -1
-    exp_tile(job, first, tile, maximum, index, True, &r)
+        r.row_weight[j] = r.target_weight[j] = 1.0
+    take_units(&r, False)
+    exp_tile(job, first, tile, index, e, adds_as_rows(job), &r)
+    for j in range(LANES):
+        r.target_exp[j] = r.others[j]
+    if find_untamed(&r, 1.0, tile[0]):
+        exp_tile(job, first, tile, index, e, adds_as_rows(job), &r)
     for j in range(LANES):
         inverse[j] = <real>(1.0 / r.others[j])
     for c in range(job.num_classes):
         for j in range(LANES):
-            tile[c * step + j] *= inverse[j]
+            tile[c * step + j] = e[c * step + j] * inverse[j]
 
 
 cdef void log_softmax_tile(
@@ -218,10 +286,9 @@ cdef void log_softmax_tile(
     cdef Py_ssize_t c, j, step = job.step
     largest_in_lanes(job, tile, maximum)
     find_in_lanes(job, tile, maximum, index)
-    exp_tile(job, first, tile, maximum, index, False, &r)
     for j in range(LANES):
-        r.target_logit[j] = r.maximum[j]
-    add_exponentials(&r, LANES, tile[0])
+        r.target_logit[j] = maximum[j]
+    exp_tile_from_maximum(job, first, tile, maximum, index, <real*>NULL, &r)
     for j in range(LANES):
         r.log_sum[j] = log1p(r.others[j] / r.top[j])
     if operation == LOGSUMEXP:
@@ -240,23 +307,26 @@ cdef void log_softmax_tile(
 
 
 cdef void loss_tile(
-    const Job* job, Operation operation, Py_ssize_t first, real* tile, real* targets
+    const Job* job, Operation operation, Py_ssize_t first, real* tile, real* other
 ) noexcept nogil:
     cdef Rows r
     cdef int32_t index[LANES]
     cdef Py_ssize_t n = min(job.rows - first, <Py_ssize_t>LANES)
-    reduce_tile(job, operation, first, n, &r, index, tile, targets)
-    scalar_step(job, operation, &r, LANES)
+    reduce_tile(job, operation, first, n, &r, index, tile, other)
+    scalar_step(job, operation, &r, LANES, tile[0])
     job.partial[first // LANES] = deliver_losses(job, first, n, r.loss)
-    if job.out != NULL:
-        write_tile(job, &r, index, tile, targets)
+    if job.out == NULL:
+        return
+    write_tile(job, &r, index, tile if needs_maximum(job, operation) else other, tile,
+               other if has_soft_target(operation) else NULL)
 
 
 cdef inline void reduce_tile(
     const Job* job, Operation operation, Py_ssize_t first, Py_ssize_t n, Rows* r, int32_t* index,
-    real* tile, real* targets,
+    real* tile, real* other,
 ) noexcept nogil:
-    """As reduce_rows; exponentials take the place of the scores."""
+    """As reduce_rows. Exponentials go into `other`, or take the place of the scores where it holds
+    soft targets."""
     cdef int64_t y[LANES]
     cdef real maximum[LANES]
     cdef Py_ssize_t j
@@ -265,22 +335,78 @@ cdef inline void reduce_tile(
         r.row_weight[j] = r.target_weight[j] = 0.0
     if has_soft_target(operation):
         read_sample_weights(job, first, n, r)
+        clear_dead_lanes(job, r, other)
     else:
         read_targets(job, first, n, y, r)
         for j in range(LANES):
             index[j] = <int32_t>y[j]
     clear_dead_lanes(job, r, tile)
-    largest_in_lanes(job, tile, maximum)
-    if has_soft_target(operation):
-        clear_dead_lanes(job, r, targets)
-        find_in_lanes(job, tile, maximum, index)
+    if needs_maximum(job, operation):
+        largest_in_lanes(job, tile, maximum)
+        if has_soft_target(operation):
+            find_in_lanes(job, tile, maximum, index)
+        gaps_of_tile(job, tile, other if has_soft_target(operation) else NULL, maximum, index, r)
+    if needs_maximum(job, operation):
+        take_target_logits(job, tile, index, r)
+        exp_tile_from_maximum(job, first, tile, maximum, index, tile, r)
+    else:
+        exp_tile_from_target(job, first, tile, index, other, r)
+
+
+cdef inline void take_target_logits(
+    const Job* job, const real* tile, const int32_t* index, Rows* r
+) noexcept nogil:
+    cdef Py_ssize_t j
     for j in range(LANES):
         r.target_logit[j] = tile[index[j] * job.step + j]
-        r.gap[j] = 0.0
-    if has_soft_target(operation) or job.options.label_smoothing != 0.0:
-        gaps_of_tile(job, tile, targets, maximum, index, r)
-    exp_tile(job, first, tile, maximum, index, job.out != NULL, r)
+
+
+cdef inline void exp_tile_from_maximum(
+    const Job* job, Py_ssize_t first, real* tile, const real* maximum, const int32_t* index,
+    real* e, Rows* r,
+) noexcept nogil:
+    """exp_tile in units of each row, and what add_exponentials says."""
+    cdef Py_ssize_t j
+    for j in range(LANES):
+        r.maximum[j] = maximum[j]
+    take_units(r, True)
+    exp_tile(job, first, tile, index, e, False, r)
     add_exponentials(r, LANES, tile[0])
+
+
+cdef inline void exp_tile_from_target(
+    const Job* job, Py_ssize_t first, real* tile, const int32_t* index, real* e, Rows* r
+) noexcept nogil:
+    """exp_tile in common units, with the target as what others are related to, where that does."""
+    cdef bint untamed
+    cdef Py_ssize_t j
+    take_units(r, False)
+    exp_tile(job, first, tile, index, e, adds_as_rows(job), r)
+    untamed = find_untamed(r, job.scale, tile[0])
+    if untamed:
+        exp_tile(job, first, tile, index, e, adds_as_rows(job), r)
+    if untamed or job.options.z_loss != 0.0:
+        take_target_logits(job, tile, index, r)
+    else:
+        for j in range(LANES):
+            r.target_logit[j] = 0.0
+    for j in range(LANES):
+        r.gap[j] = 0.0
+        r.maximum[j] = r.maximum[j] if r.own[j] else r.target_logit[j]
+        r.top[j] = r.target_exp[j]
+    if untamed:
+        take_tops(r, tile[0])
+
+
+cdef inline void take_tops(Rows* r, real unused) noexcept nogil:
+    """The exponentials of the maxima, of lanes with units of their own."""
+    cdef real m, magic
+    cdef Py_ssize_t j
+    for j in range(LANES):
+        if r.own[j]:
+            m = <real>r.maximum[j]
+            magic = magic_of(m)
+            r.top[j] = exponential(m, pivot_of(m), magic, lowest_of(magic))
 
 
 cdef inline void gaps_of_tile(
@@ -344,7 +470,7 @@ cdef inline void gaps_of_tile(
 
 
 cdef inline void write_tile(
-    const Job* job, const Rows* r, const int32_t* index, real* tile, const real* targets
+    const Job* job, const Rows* r, const int32_t* index, real* e, real* tile, const real* targets
 ) noexcept nogil:
     """From exponentials to the gradient: factor * e_c - spread * w_c t_c, and left_out at index."""
     cdef real f[LANES]
@@ -357,7 +483,7 @@ cdef inline void write_tile(
     cdef real w
     cdef int32_t c
     cdef Py_ssize_t step = job.step, j
-    narrow_factors(job, tile, r, f)
+    narrow_factors(job, e, r, f)
     for j in range(LANES):
         spread = r.spread[j] * job.largest_weight
         on_target[j] = <real>(spread * target_share)
@@ -368,14 +494,14 @@ cdef inline void write_tile(
         w = weight_of(job, c, left_out[0])
         if targets != NULL:
             for j in range(LANES):
-                tile[c * step + j] = tile[c * step + j] * f[j] - w * (
+                tile[c * step + j] = e[c * step + j] * f[j] - w * (
                     on_target[j] * targets[c * step + j] + on_all[j])
         elif job.options.label_smoothing != 0.0:
             for j in range(LANES):
-                tile[c * step + j] = tile[c * step + j] * f[j] - w * on_all[j]
+                tile[c * step + j] = e[c * step + j] * f[j] - w * on_all[j]
         else:
             for j in range(LANES):
-                tile[c * step + j] *= f[j]
+                tile[c * step + j] = e[c * step + j] * f[j]
         # In passing: numbers put one by one into the tile would hold up who then reads vectors.
         for j in range(LANES):
             tile[c * step + j] = left_out[j] if hole[j] == c else tile[c * step + j]
@@ -385,22 +511,20 @@ cdef void tile_unit(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
     cdef real* tile = tile_of(job, scratch)
-    cdef real* other = NULL
+    cdef real* other = other_tile_of(job, scratch)
     cdef Py_ssize_t i, lane, first = unit * job.group
     load_tiles(job, job.storage, job.logits, unit, tile, scratch)
     if job.other != NULL:
-        other = other_tile_of(job, scratch)
         load_tiles(job, job.other_storage, job.other, unit, other, scratch)
     for i in range((rows_in_unit(job, unit) + LANES - 1) // LANES):
         lane = i * LANES
         if operation == SOFTMAX:
-            softmax_tile(job, first + lane, tile + lane)
+            softmax_tile(job, first + lane, tile + lane, other + lane)
         elif operation == LOG_SOFTMAX or operation == LOGSUMEXP:
             log_softmax_tile(job, operation, first + lane, tile + lane, scratch)
         elif is_backward(operation):
             backward_tile(job, operation, tile + lane, other + lane)
         else:
-            loss_tile(job, operation, first + lane, tile + lane,
-                      other + lane if other != NULL else NULL)
+            loss_tile(job, operation, first + lane, tile + lane, other + lane)
     if job.out != NULL and writes_rows(operation):
         store_tiles(job, unit, tile, scratch)

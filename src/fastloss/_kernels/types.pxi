@@ -27,6 +27,7 @@ cdef enum:
     BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
     RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
     SHORT_ROW = 300  # rows of at most so many classes go into tiles, samples in the SIMD lanes
+    SHORT_FLAT_ROW = 47  # and of so many, where exponentials do not care where a row ends
     GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
     TURN = 16  # classes of columns that are turned into rows at a time
     TURNED = 16777216  # elements of the columns in a unit of work, at most LANES of them
@@ -122,6 +123,17 @@ cdef struct Job:
     Py_ssize_t numbers  # of scratch; the carries, one a class, lie behind them
 
 
+cdef inline bint needs_maximum(const Job* job, Operation operation) noexcept nogil:
+    """Whether the scalar step asks how far all scores are from the largest."""
+    return has_soft_target(operation) or job.options.label_smoothing != 0.0
+
+
+cdef inline bint is_flat(const Job* job, Operation operation) noexcept nogil:
+    """Whether exponentials are taken in common units, wherever a row ends."""
+    return operation == SOFTMAX or (
+        operation == CROSS_ENTROPY and not needs_maximum(job, operation))
+
+
 cdef inline Py_ssize_t rows_in_unit(const Job* job, Py_ssize_t unit) noexcept nogil:
     return min(job.group, job.rows - unit * job.group)
 
@@ -142,6 +154,7 @@ cdef struct Rows:
     double gap[LANES]  # sum of w_c (maximum - x_c)
     double mass[LANES]  # of soft targets: sum of w_c t_c, all classes but the maximum's
     double top_mass[LANES]  # of soft targets: w_k t_k at the maximum's class k
+    double own[LANES]  # whether exponentials are in units of the row's maximum
     # On the way: the exponentials of the maximum and of the target, and log sum exp(x - maximum).
     double top[LANES]
     double target_exp[LANES]

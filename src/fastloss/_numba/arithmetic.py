@@ -61,6 +61,34 @@ def magic_of(maximum):
     return magic_of_32 if maximum == types.float32 else magic_of_64
 
 
+@inline
+def tame_of(numbers):
+    """The largest score of a row whose exponentials are in common units."""
+    return 36.0 if numbers.itemsize == 4 else 300.0
+
+
+@inline
+def common_magic(numbers):
+    """As magic_of, for rows without a reference of their own: for 2**48 exp(x), or 2**497 exp(x).
+
+    No sum of tame rows overflows there.
+    """
+    wide, narrow = 6755399441055744.0 + 1023 + 497, 12582912.0 + 127 + 48
+    return numbers.dtype.type(narrow if numbers.itemsize == 4 else wide)
+
+
+@inline
+def in_common_units(total, least, top, weight, numbers):
+    """Whether a row's exponentials are exact in common units: by its sum, one of them, its maximum.
+
+    None overflowed; what will be a subnormal result is a normal number, and so is the weight over
+    the sum; `least`, the target's, is not so small that the ratio to it would overflow.
+    """
+    negligible = 2.0**-100 if numbers.itemsize == 4 else 2.0**-900
+    exact = (total * np.float64(power_of(numbers)) >= 1.0) & (least >= negligible * total)
+    return exact & (top <= tame_of(numbers)) & (abs(weight) >= tiny_of(numbers) * total)
+
+
 @typed
 def lowest_of(magic):
     """The x whose n - N is the exponent of 0."""
@@ -113,9 +141,40 @@ def _exponential_64(x, pivot, magic, lowest):
     return p * np.uint64(np.float64(shifted).view(np.uint64) << np.uint64(52)).view(np.float64)
 
 
-@fused
+@typed_fused
 def log1p(x):
-    """log(1 + x) for x >= 0, free of branches so that it vectorises (after fdlibm's e_log.c)."""
+    """log(1 + x) for x >= 0, free of branches so that it vectorises.
+
+    After fdlibm's e_logf.c and e_log.c.
+    """
+    return _log1p_32 if x == types.float32 else _log1p_64
+
+
+def _log1p_32(x):
+    one, two = np.float32(1), np.float32(2)
+    u = one + x
+    back = u - one
+    lost = (one - (u - back)) + (x - back)
+    # u = 2**k * z with z in [sqrt(1/2), sqrt(2))
+    bits = np.float32(u).view(np.uint32)
+    k = np.uint32(np.uint32(bits - np.uint32(0x3F3504F3)) >> np.uint32(23))
+    f = np.uint32(bits - np.uint32(k << np.uint32(23))).view(np.float32) - one
+    e = np.float32(np.int32(k))
+    # What 1 + x rounded off, over u.
+    shrink = np.uint32((np.uint32(127) - k) << np.uint32(23)).view(np.float32)
+    rest = (lost - lost * f) * shrink
+    s = f / (two + f)
+    z = s * s
+    w = z * z
+    t1 = w * (w * np.float32(0.24279078841) + np.float32(0.40000972152))
+    t2 = z * (w * np.float32(0.28498786688) + np.float32(0.66666662693))
+    half = np.float32(0.5) * f * f
+    log_z = half - (s * (half + t1 + t2) + (e * np.float32(9.0580006145e-06) + rest))
+    result = e * np.float32(0.69313812256) - (log_z - f)
+    return result if x <= np.float32(3.4028234664e38) else x  # inf and NaN pass through
+
+
+def _log1p_64(x):
     u = 1.0 + x
     back = u - 1.0
     lost = (1.0 - (u - back)) + (x - back)

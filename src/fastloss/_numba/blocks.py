@@ -3,11 +3,11 @@
 import numpy as np
 from numba import types
 
-from fastloss._numba.arithmetic import exponential, lowest_of, times
+from fastloss._numba.arithmetic import common_magic, exponential, lowest_of, times
 from fastloss._numba.jit import inline, summing, typed
-from fastloss._numba.machine import lanes
+from fastloss._numba.machine import add_step, lanes, scale_step, sum_lanes
 from fastloss._numba.memory import fetch
-from fastloss._numba.types import CHUNK, LANES
+from fastloss._numba.types import CHUNK, LANES, STEP
 
 
 @inline
@@ -85,18 +85,51 @@ def holds_nan(x, step, n):
     return count > 0
 
 
-@summing
+@inline
 def fold(lane):
     """The sum of a chunk, in float64."""
-    total = 0.0
+    return sum_lanes(lane)
+
+
+@inline
+def exp_run(x, e, later, start):
+    """The exponentials e in common units, wherever rows end, and the largest x, NaN left aside.
+
+    e has room for whole chunks.  Meanwhile memory is fetched, as in exp_block.
+    """
+    magic = common_magic(e)
+    lowest, zero = lowest_of(magic), e.dtype.type(0)
+    top = lanes(e)
+    value = lanes(e)
+    rest = lanes(e)
+    whole = x.size // CHUNK
+    if whole * CHUNK < x.size:
+        pad(x[whole * CHUNK :], -1, rest)
     for j in range(CHUNK):
-        total += np.float64(lane[j])
-    return total
+        top[j] = -np.inf
+    for chunk in range((x.size + CHUNK - 1) // CHUNK):
+        i = chunk * CHUNK
+        fetch(later, start + i, CHUNK)
+        if chunk == whole:
+            for j in range(CHUNK):
+                top[j] = rest[j] if rest[j] > top[j] else top[j]
+            for j in range(CHUNK):
+                value[j] = exponential(rest[j], zero, magic, lowest)
+        else:
+            source = x[i : i + CHUNK]
+            for j in range(CHUNK):
+                top[j] = source[j] if source[j] > top[j] else top[j]
+            for j in range(CHUNK):
+                value[j] = exponential(source[j], zero, magic, lowest)
+        to = e[i : i + CHUNK]
+        for j in range(CHUNK):
+            to[j] = value[j]
+    return largest_lane(top)
 
 
 @inline
 def exp_block(x, skip, pivot, magic, e, later, start):
-    """The sum of the exponentials e, that at skip being 0; e has room for whole chunks.
+    """The sum of the exponentials e, that at skip being 0.
 
     Meanwhile the array `later` is fetched from index start on.
     """
@@ -127,12 +160,39 @@ def exp_block(x, skip, pivot, magic, e, later, start):
             source = x[i : i + CHUNK]
             for j in range(CHUNK):
                 value[j] = exponential(source[j], pivot, magic, lowest)
-        to = e[i : i + CHUNK]
         for j in range(CHUNK):
             lane[j] += value[j]
-        for j in range(CHUNK):
-            to[j] = value[j]
+        to = e[i : min(i + CHUNK, x.size)]
+        if chunk < whole:
+            for j in range(CHUNK):
+                to[j] = value[j]
+        else:
+            for j in range(to.size):
+                to[j] = value[j]
     return fold(lane)
+
+
+@inline
+def sum_kept(e, n):
+    """As sum_block, of n numbers in scratch: whole steps may be read."""
+    lane = lanes(e)
+    whole = n // CHUNK * CHUNK
+    for j in range(CHUNK):
+        lane[j] = 0
+    for i in range(0, whole, CHUNK):
+        part = e[i : i + CHUNK]
+        for j in range(CHUNK):
+            lane[j] += part[j]
+    for i in range(whole, n, STEP):
+        add_step(lane, i - whole, e, i, n - i)
+    return fold(lane)
+
+
+@inline
+def scale_kept(e, n, f, to):
+    """n products of f in whole steps; what goes beyond is for the next row to write over."""
+    for i in range(0, n, STEP):
+        scale_step(e, i, f, to)
 
 
 @summing

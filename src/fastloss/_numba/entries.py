@@ -116,7 +116,7 @@ def softmax_share(x, out, plan, scratch, fields, turned, units, thread, threads)
     x, out, turned = borrow(x), borrow(out), borrow(turned[thread])
     x_rows, out_rows = rows_of(x, turned, plan.layout), rows_to(out, turned, plan.layout)
     r, own = borrow(fields[thread]), borrow(scratch[thread])
-    buffer, tile, _ = tile_scratch(own, plan)
+    buffer, tile, other = tile_scratch(own, plan)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
@@ -124,9 +124,10 @@ def softmax_share(x, out, plan, scratch, fields, turned, units, thread, threads)
         load_unit(x, tile, buffer, turned, first, last - first, plan.storage, plan)
         for start in range(first, last, plan.summed):
             n = min(plan.summed, last - start)
-            row = start - first if plan.layout == COLUMNS else start
+            lane = start - first
+            row = lane if plan.layout == COLUMNS else start
             if plan.layout == TILES:
-                softmax_tile(tile[start - first :], r, x, start + plan.group, plan)
+                softmax_tile(tile[lane:], other[lane:], r, x, start + plan.group, plan)
             else:
                 softmax_rows(x_rows, out_rows, r, own, row, n, plan)
         store_unit(out, tile, turned, own, r, first, last - first, plan)
@@ -211,8 +212,9 @@ def cross_entropy_share(
     turned_soft = borrow(turned_soft[thread])
     soft_rows = rows_of(borrow(soft), turned_soft, plan.layout)
     r, own = borrow(fields[thread]), borrow(scratch[thread])
-    buffer, tile, soft_tile = tile_scratch(own, plan)
+    buffer, tile, other = tile_scratch(own, plan)
     tiled = plan.layout == TILES
+    in_place = soft is not None or options.label_smoothing != 0.0
     begin_carries(r)
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
@@ -220,14 +222,14 @@ def cross_entropy_share(
         load_unit(x, tile, buffer, turned, first, last - first, plan.storage, plan)
         if soft is not None:
             load_unit(
-                borrow(soft), soft_tile, buffer, turned_soft, first, last - first,
+                borrow(soft), other, buffer, turned_soft, first, last - first,
                 plan.other_storage, plan,
             )  # fmt: skip
         for start in range(first, last, plan.summed):
             n = min(plan.summed, last - start)
             row = start - first if plan.layout == COLUMNS else start
-            own_tile = tile[start - first :]
-            own_soft = unless_none(soft, soft_tile[start - first :])
+            own_tile, own_other = tile[start - first :], other[start - first :]
+            own_soft = unless_none(soft, own_other)
             if target is not None:
                 read_targets(
                     r, target, weight, sample_weight, start, n, plan.num_classes, options,
@@ -237,20 +239,23 @@ def cross_entropy_share(
                 read_sample_weights(r, sample_weight, start, n)
             if tiled:
                 reduce_tile(
-                    own_tile, own_soft, r, n, x, start + plan.group, plan, relative_weight,
-                    largest_weight, options, out.size > 0,
+                    own_tile, own_other, own_soft, r, n, x, start + plan.group, plan,
+                    relative_weight, largest_weight, options, scale,
                 )  # fmt: skip
             else:
                 reduce_rows(
                     x_rows, soft_rows, r, own, row, n, plan, relative_weight, largest_weight,
-                    options, out.size > 0,
+                    options, scale,
                 )  # fmt: skip
             scalar_step(
                 target, soft, r, LANES if tiled else n, plan, options, scale, weight_sum, own
             )
             partial[start // plan.summed] = deliver_losses(r, n, losses, start, own)
             if out.size and tiled:
-                write_tile(own_tile, own_soft, r, plan, relative_weight, largest_weight, options)
+                write_tile(
+                    own_tile if in_place else own_other, own_tile, own_soft, r, plan,
+                    relative_weight, largest_weight, options,
+                )  # fmt: skip
             elif out.size:
                 write_rows(
                     out_rows, soft_rows, r, own, row, n, plan, relative_weight, largest_weight,

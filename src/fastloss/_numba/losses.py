@@ -89,6 +89,24 @@ def cross_entropy_step(r, n, num_classes, options, scale, weight_sum, like):
 
 
 @inline
+def plain_step(r, n, scale, like):
+    """As cross_entropy_step, without smoothing and z-loss; the logarithm in the compute type."""
+    real = like.dtype.type
+    power = np.float64(power_of(like))
+    for i in range(n):
+        others, target_exp, top = r[OTHERS + i], r[TARGET_EXP + i], r[TOP + i]
+        b = r[TARGET_WEIGHT + i]
+        log_sum = np.float64(log1p(real((others + (target_exp - top)) / top)))
+        minus_log_p = log_sum - (r[TARGET_LOGIT + i] - r[MAXIMUM + i])
+        r[LOSS + i] = times(r[ROW_WEIGHT + i], times(b, minus_log_p))
+        inverse = 1.0 / (others + target_exp)
+        weight = r[ROW_WEIGHT + i] * scale
+        r[FACTOR + i] = times(weight, b * (inverse / power))
+        r[SPREAD + i] = 0.0
+        r[LEFT_OUT + i] = times(weight, 0.0 - b * (others * inverse))
+
+
+@inline
 def cross_entropy_soft_step(r, n, options, scale, like):
     power = np.float64(power_of(like))
     for i in range(n):
@@ -112,13 +130,20 @@ def cross_entropy_soft_step(r, n, options, scale, like):
         r[LEFT_OUT + i] = times(weight, left_out)
 
 
+@inline
+def is_plain(options):
+    return options.label_smoothing == 0.0 and options.z_loss == 0.0
+
+
 @spliced
 def scalar_step(target, soft, r, n, plan, options, scale, weight_sum, like):
     """Which loss: of soft targets unless they are None, else of indices."""
     # What is None is known before types are inferred: the other step is not even compiled.
     if soft is not None:
         cross_entropy_soft_step(r, n, options, scale, like)
-    if target is not None:
+    if target is not None and is_plain(options):
+        plain_step(r, n, scale, like)
+    elif target is not None:
         cross_entropy_step(r, n, plan.num_classes, options, scale, weight_sum, like)
 
 

@@ -11,7 +11,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from fastloss._numba.types import INTEGERS, LANES, LINE
+from fastloss._numba.types import INTEGERS, LANES, LINE, STEP
 
 IEEE = np.uint32(0x1F80)  # to nearest, denormals kept: results do not depend on what somebody set
 
@@ -81,6 +81,80 @@ def lanes(typing_context, like):
         return array._getvalue()
 
     return array_type(like), generate
+
+
+def _vector_at(context, builder, array_type, array, index, count=STEP):
+    """Where the numbers of an array from an index on are."""
+    scalar = context.get_data_type(array_type.dtype)
+    vector = ir.VectorType(scalar, count)
+    return _place(context, builder, array_type, array, index, vector), scalar, vector
+
+
+def _splat(builder, value):
+    vector = ir.VectorType(value.type, STEP)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), STEP), [0] * STEP)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+
+
+@intrinsic
+def sum_lanes(typing_context, lane):
+    """The sum of LANES numbers in float64: half of them to the other half, and so on."""
+
+    def generate(context, builder, signature, arguments):
+        wide = ir.VectorType(ir.DoubleType(), LANES)
+        zero = context.get_constant(types.intp, 0)
+        place, scalar, _ = _vector_at(context, builder, lane, arguments[0], zero, LANES)
+        numbers = builder.load(place, align=context.get_abi_sizeof(scalar))
+        if scalar != wide.element:
+            numbers = builder.fpext(numbers, wide)
+        kind = ir.FunctionType(wide.element, [wide.element, wide])
+        name = f"llvm.vector.reduce.fadd.v{LANES}f64"
+        total = cgutils.get_or_insert_function(builder.module, kind, name)
+        start = ir.Constant(wide.element, 0.0)
+        return builder.call(total, [start, numbers], fastmath=("reassoc",))
+
+    return types.float64(lane), generate
+
+
+# Loops over so few numbers are unrolled before they are vectorised, and then are not any more.
+@intrinsic
+def scale_step(typing_context, e, start, f, to):
+    """STEP numbers of e from start on, times f, to the same place of `to`."""
+
+    def generate(context, builder, signature, arguments):
+        e_type, _, _, to_type = signature.args
+        e, start, f, to = arguments
+        source, _, _ = _vector_at(context, builder, e_type, e, start)
+        target, _, _ = _vector_at(context, builder, to_type, to, start)
+        size = context.get_abi_sizeof(context.get_data_type(e_type.dtype))
+        product = builder.fmul(builder.load(source, align=size), _splat(builder, f))
+        builder.store(product, target, align=size)
+        return context.get_dummy_value()
+
+    return types.none(e, types.intp, e.dtype, to), generate
+
+
+@intrinsic
+def add_step(typing_context, lane, place, e, start, width):
+    """Add to STEP lanes from place on the numbers of e from start on, but no more than width."""
+
+    def generate(context, builder, signature, arguments):
+        lane_type, _, e_type, _, _ = signature.args
+        lane, place, e, start, width = arguments
+        sums, scalar, vector = _vector_at(context, builder, lane_type, lane, place)
+        source, _, _ = _vector_at(context, builder, e_type, e, start)
+        size = context.get_abi_sizeof(scalar)
+        number = ir.IntType(8 * size)
+        numbers = ir.Constant(ir.VectorType(number, STEP), list(range(STEP)))
+        narrow = builder.trunc(width, number) if size < 8 else width
+        inside = builder.icmp_signed("<", numbers, _splat(builder, narrow))
+        values = builder.load(source, align=size)
+        values = builder.select(inside, values, ir.Constant(vector, [0.0] * STEP))
+        builder.store(builder.fadd(builder.load(sums, align=size), values), sums, align=size)
+        return context.get_dummy_value()
+
+    return types.none(lane, types.intp, e, types.intp, types.intp), generate
 
 
 @intrinsic

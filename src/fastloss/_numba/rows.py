@@ -3,22 +3,33 @@
 A unit is a group of rows, so that the scalar step has something to vectorise, and what is
 written is a long run.  Each stage goes over all rows of the group before the next: rows overlap
 in the processor, stages of one row cannot.  Rows begin `row_step` numbers apart.  Scratch: two
-blocks, and the group's rows with room for a last chunk.
+blocks, and the group's rows with room for a last chunk, twice: exponentials, and what is written.
 """
 
 import math
 
 import numpy as np
 
-from fastloss._numba.arithmetic import log1p, magic_of, pivot_of, power_of, tiny_of
+from fastloss._numba.arithmetic import (
+    in_common_units,
+    log1p,
+    magic_of,
+    pivot_of,
+    power_of,
+    tame_of,
+    tiny_of,
+)
 from fastloss._numba.blocks import (
     exp_block,
+    exp_run,
     find,
     gap_block,
     holds_nan,
     largest,
+    scale_kept,
     soft_gap,
     soft_mass,
+    sum_kept,
 )
 from fastloss._numba.jit import inline, spliced
 from fastloss._numba.losses import add_exponentials
@@ -39,7 +50,9 @@ from fastloss._numba.types import (
     ROW_WEIGHT,
     ROWS,
     SPREAD,
+    TARGET_EXP,
     TARGET_LOGIT,
+    TARGET_WEIGHT,
     TOP,
     TOP_MASS,
 )
@@ -48,7 +61,7 @@ from fastloss._numba.types import (
 @inline
 def row_numbers(num_classes, summed):
     """What a group of rows needs of scratch."""
-    return 2 * BLOCK + summed * num_classes + CHUNK
+    return 2 * BLOCK + 2 * (summed * num_classes + CHUNK)
 
 
 @inline
@@ -66,16 +79,20 @@ def store_rows(out, first, kept, n, plan):
         store(out, row * plan.row_step, kept[start : start + size], plan.storage, stream)
 
 
+@inline
+def largest_of_row(x, row, plan, buffer):
+    m = buffer.dtype.type(-np.inf)
+    for c in range(0, plan.num_classes, BLOCK):
+        n = min(BLOCK, plan.num_classes - c)
+        block_m = largest(load_block(x, row * plan.row_step + c, n, buffer, plan.storage))
+        m = block_m if block_m > m else m
+    return m
+
+
 @spliced
 def largest_of_rows(x, first, n, plan, r, buffer):
     for i in range(n):
-        start = (first + i) * plan.row_step
-        m = buffer.dtype.type(-np.inf)
-        for c in range(0, plan.num_classes, BLOCK):
-            block = load_block(x, start + c, min(BLOCK, plan.num_classes - c), buffer, plan.storage)
-            block_m = largest(block)
-            m = block_m if block_m > m else m
-        r[MAXIMUM + i] = m
+        r[MAXIMUM + i] = largest_of_row(x, first + i, plan, buffer)
 
 
 @inline
@@ -115,6 +132,41 @@ def exp_row(x, start, skip, maximum, keep, kept, plan, buffer, line, ahead):
     return total
 
 
+@spliced
+def exp_rows(x, kept, first, n, plan, buffer, ahead):
+    """Exponentials in common units; the largest score.  Memory is fetched as in exp_row."""
+    # Rows that lie next to each other are one run.
+    runs, run = (1, n * plan.num_classes)
+    if plan.row_step != plan.num_classes:
+        runs, run = n, plan.num_classes
+    top = buffer.dtype.type(-np.inf)
+    for i in range(runs):
+        start = (first + i) * plan.row_step
+        for c in range(0, run, BLOCK):
+            block = load_block(x, start + c, min(BLOCK, run - c), buffer, plan.storage)
+            block_top = exp_run(block, kept[i * run + c :], x, start + c + ahead)
+            top = block_top if block_top > top else top
+    return top
+
+
+@inline
+def sum_row(e, num_classes):
+    total = 0.0
+    for c in range(0, num_classes, BLOCK):
+        total += sum_kept(e[c:], min(BLOCK, num_classes - c))
+    return total
+
+
+@spliced
+def is_tame(x, row, total, least, top, weight, plan, buffer):
+    """Whether a row needs no reference of its own.  top is the largest score of it, or of more."""
+    limit = tame_of(buffer)
+    tame = in_common_units(total, least, min(top, limit), weight, buffer)
+    if tame and top > limit:
+        tame = largest_of_row(x, row, plan, buffer) <= limit
+    return tame
+
+
 @inline
 def scale_row(e, f):
     for i in range(e.size):
@@ -135,17 +187,24 @@ def narrow_factor(e, factor):
 @inline
 def softmax_rows(x, out, r, scratch, first, n, plan):
     buffer, line, kept = row_scratch(scratch)
+    scaled = kept[plan.summed * plan.num_classes + CHUNK :]
     ahead = min(n * plan.row_step, AHEAD)
-    largest_of_rows(x, first, n, plan, r, buffer)
+    top = exp_rows(x, kept, first, n, plan, buffer, ahead)
     for i in range(n):
-        r[OTHERS + i] = exp_row(
-            x, (first + i) * plan.row_step, -1, r[MAXIMUM + i], True,
-            kept[i * plan.num_classes :], plan, buffer, line, ahead,
-        )  # fmt: skip
+        r[OTHERS + i] = sum_row(kept[i * plan.num_classes :], plan.num_classes)
     for i in range(n):
-        e = kept[i * plan.num_classes : (i + 1) * plan.num_classes]
-        scale_row(e, narrow_factor(e, 1.0 / (r[OTHERS + i] * np.float64(power_of(e)))))
-    store_rows(out, first, kept, n, plan)
+        total = r[OTHERS + i]
+        if not is_tame(x, first + i, 2.0 * total, total, top, 1.0, plan, buffer):
+            r[OTHERS + i] = exp_row(
+                x, (first + i) * plan.row_step, -1, largest_of_row(x, first + i, plan, buffer),
+                True, kept[i * plan.num_classes :], plan, buffer, line, ahead,
+            )  # fmt: skip
+    for i in range(n):
+        start = i * plan.num_classes
+        e = kept[start : start + plan.num_classes]
+        f = narrow_factor(e, 1.0 / (r[OTHERS + i] * np.float64(power_of(e))))
+        scale_kept(kept[start:], plan.num_classes, f, scaled[start:])
+    store_rows(out, first, scaled, n, plan)
 
 
 @inline
@@ -189,33 +248,64 @@ def shift_block(x, m, log_sum, to):
 
 
 @spliced
-def reduce_rows(
-    x, soft, r, scratch, first, n, plan, weight, largest_weight, options, keep_exponentials
-):
+def reduce_rows(x, soft, r, scratch, first, n, plan, weight, largest_weight, options, scale):
     """The first stage of cross-entropy: of soft targets unless they are None, else of indices."""
     buffer, line, kept = row_scratch(scratch)
     ahead = min(n * plan.row_step, AHEAD)
-    largest_of_rows(x, first, n, plan, r, buffer)
+    # Whether the scalar step asks how far all scores are from the largest.
+    apart = soft is not None or options.label_smoothing != 0.0
+    top = buffer.dtype.type(0)
+    if not apart:
+        top = exp_rows(x, kept, first, n, plan, buffer, ahead)
+        take_targets(x, r, kept, first, n, plan)
     for i in range(n):
-        start = (first + i) * plan.row_step
-        r[GAP + i] = 0.0
-        r[TARGET_LOGIT + i] = 0.0
-        r[OTHERS + i] = 0.0
-        r[MASS + i] = 0.0
-        r[TOP_MASS + i] = 0.0
         if r[ROW_WEIGHT + i] == 0.0:
-            r[MAXIMUM + i] = 0.0
-            r[INDEX + i] = 0.0
+            for field in (OTHERS, TARGET_LOGIT, GAP, MASS, TOP_MASS, MAXIMUM, INDEX):
+                r[field + i] = 0.0
+            r[TOP + i] = 1.0
+            r[TARGET_EXP + i] = 1.0
             continue
-        m = buffer.dtype.type(r[MAXIMUM + i])
-        gaps_of_row(x, soft, start, m, r, i, plan, weight, largest_weight, options, buffer, line)
+        least, w = r[TARGET_EXP + i], r[ROW_WEIGHT + i] * r[TARGET_WEIGHT + i] * scale
+        if apart or not is_tame(x, first + i, r[OTHERS + i] + least, least, top, w, plan, buffer):
+            reduce_row(
+                x, soft, r, i, kept[i * plan.num_classes :], first + i, plan, weight,
+                largest_weight, options, buffer, line, ahead,
+            )  # fmt: skip
+
+
+@inline
+def take_targets(x, r, kept, first, n, plan):
+    """Take the targets out of the exponentials, and be their reference; sum up the rest."""
+    for i in range(n):
         index = int(r[INDEX + i])
-        r[TARGET_LOGIT + i] = load_one(x, start + index, plan.storage)
-        r[OTHERS + i] = exp_row(
-            x, start, index, m, keep_exponentials, kept[i * plan.num_classes :], plan, buffer,
-            line, ahead,
-        )  # fmt: skip
-    add_exponentials(r, n, scratch)
+        target_logit = np.float64(load_one(x, (first + i) * plan.row_step + index, plan.storage))
+        r[TARGET_LOGIT + i] = target_logit
+        r[MAXIMUM + i] = target_logit
+        target_exp = np.float64(kept[i * plan.num_classes + index])
+        r[TARGET_EXP + i] = target_exp
+        r[TOP + i] = target_exp
+        r[GAP + i] = 0.0
+        kept[i * plan.num_classes + index] = 0
+    for i in range(n):
+        r[OTHERS + i] = sum_row(kept[i * plan.num_classes :], plan.num_classes)
+
+
+@spliced
+def reduce_row(
+    x, soft, r, i, kept, row, plan, weight, largest_weight, options, buffer, line, ahead
+):
+    """As reduce_rows, for a row with a reference of its own."""
+    start = row * plan.row_step
+    m = largest_of_row(x, row, plan, buffer)
+    r[MAXIMUM + i] = m
+    r[GAP + i] = 0.0
+    r[MASS + i] = 0.0
+    r[TOP_MASS + i] = 0.0
+    gaps_of_row(x, soft, start, m, r, i, plan, weight, largest_weight, options, buffer, line)
+    index = int(r[INDEX + i])
+    r[TARGET_LOGIT + i] = load_one(x, start + index, plan.storage)
+    r[OTHERS + i] = exp_row(x, start, index, m, True, kept, plan, buffer, line, ahead)
+    add_exponentials(r[i:], 1, buffer)
 
 
 @inline
@@ -257,6 +347,21 @@ def gaps_of_row(x, soft, start, m, r, i, plan, weight, largest_weight, options, 
 def write_rows(out, soft, r, scratch, first, n, plan, weight, largest_weight, options):
     """The last stage of cross-entropy: from the exponentials that were kept to the gradient."""
     buffer, _, kept = row_scratch(scratch)
+    scaled = kept[plan.summed * plan.num_classes + CHUNK :]
+    if soft is None and options.label_smoothing == 0.0:
+        for i in range(n):
+            start = i * plan.num_classes
+            f = narrow_factor(kept[start : start + plan.num_classes], r[FACTOR + i])
+            scale_kept(kept[start:], plan.num_classes, f, scaled[start:])
+        for i in range(n):
+            start = i * plan.num_classes
+            if r[ROW_WEIGHT + i] == 0.0:
+                for c in range(plan.num_classes):
+                    scaled[start + c] = 0
+            else:
+                scaled[start + int(r[INDEX + i])] = r[LEFT_OUT + i]
+        store_rows(out, first, scaled, n, plan)
+        return
     for i in range(n):
         e = kept[i * plan.num_classes : (i + 1) * plan.num_classes]
         start = (first + i) * plan.row_step

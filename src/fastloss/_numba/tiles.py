@@ -13,7 +13,9 @@ import math
 import numpy as np
 
 from fastloss._numba.arithmetic import (
+    common_magic,
     exponential,
+    in_common_units,
     log1p,
     lowest_of,
     magic_of,
@@ -39,9 +41,11 @@ from fastloss._numba.types import (
     MASS,
     MAXIMUM,
     OTHERS,
+    OWN,
     ROW_WEIGHT,
     RUN,
     SPREAD,
+    TARGET_EXP,
     TARGET_LOGIT,
     TARGET_WEIGHT,
     TOP,
@@ -168,24 +172,47 @@ def find_in_lanes(tile, r, plan):
 
 
 @inline
-def exp_tile(tile, skip, keep, r, x, later, plan):
-    """Sums of exponentials, if skip without INDEX; if keep, they take the place of the scores.
+def take_units(r, own):
+    for j in range(LANES):
+        r[OWN + j] = own
 
+
+@inline
+def find_untamed(r, scale, like):
+    """The lanes that common units are not for are to have their own; how many there are."""
+    found = 0
+    for j in range(LANES):
+        least = r[TARGET_EXP + j]
+        weight = r[ROW_WEIGHT + j] * r[TARGET_WEIGHT + j] * scale
+        tame = in_common_units(r[OTHERS + j] + least, least, r[MAXIMUM + j], weight, like)
+        r[OWN + j] = 0.0 if tame | (r[ROW_WEIGHT + j] == 0.0) else 1.0
+    for j in range(LANES):
+        found += r[OWN + j] != 0.0
+    return found
+
+
+@inline
+def exp_tile(tile, skip, e, keep, r, x, later, plan):
+    """The exponentials, if keep in e, and their sums; also the largest scores, NaN left aside.
+
+    If skip, the sums are without class INDEX.  e may be the tile.
     Meanwhile the scores of the tile from row `later` on are fetched, so that memory is never idle.
     """
+    pivot, magic = lanes(tile), lanes(tile)
     num_classes, inner, step = plan.num_classes, plan.inner, plan.step
     real = tile.dtype.type
-    pivot, magic, lowest = lanes(tile), lanes(tile), lanes(tile)
-    value, lane, index = lanes(tile), lanes(tile), lanes(tile)
+    lowest, value, lane, index = lanes(tile), lanes(tile), lanes(tile), lanes(tile)
+    largest = lanes(tile)
     total = lanes(r)
     apart = LANES if inner == 1 else inner
     o, i = divmod(later, inner)
     start = o * num_classes * inner + i
     for j in range(LANES):
-        m = real(r[MAXIMUM + j])
-        pivot[j] = pivot_of(m)
-        magic[j] = magic_of(m)
+        m, own = real(r[MAXIMUM + j]), r[OWN + j] != 0.0
+        pivot[j] = pivot_of(m) if own else real(0)
+        magic[j] = magic_of(m) if own else common_magic(tile)
         lowest[j] = lowest_of(magic[j])
+        largest[j] = -np.inf
         lane[j] = 0
         total[j] = 0.0
     for j in range(LANES):
@@ -195,17 +222,21 @@ def exp_tile(tile, skip, keep, r, x, later, plan):
         number = real(c)
         fetch(x, start + c * apart, LANES)
         for j in range(LANES):
+            largest[j] = row[j] if row[j] > largest[j] else largest[j]
+        for j in range(LANES):
             value[j] = exponential(row[j], pivot[j], magic[j], lowest[j])
         for j in range(LANES):
             lane[j] += real(0) if index[j] == number else value[j]
         if keep:
+            to = e[c * step : c * step + LANES]
             for j in range(LANES):
-                row[j] = value[j]
+                to[j] = value[j]
         if c % RUN == RUN - 1 or c == num_classes - 1:  # long sums in float64
             for j in range(LANES):
                 total[j] += np.float64(lane[j])
                 lane[j] = 0
     for j in range(LANES):
+        r[MAXIMUM + j] = largest[j]
         r[OTHERS + j] = total[j]
 
 
@@ -228,16 +259,23 @@ def narrow_factors(tile, f, r, plan):
 
 
 @inline
-def softmax_tile(tile, r, x, later, plan):
+def softmax_tile(tile, e, r, x, later, plan):
     f = lanes(tile)
-    largest_in_lanes(tile, r, plan)
-    exp_tile(tile, False, True, r, x, later, plan)
+    take_units(r, 0.0)
+    exp_tile(tile, False, e, True, r, x, later, plan)
+    for j in range(LANES):
+        r[TARGET_EXP + j] = r[OTHERS + j]
+        r[ROW_WEIGHT + j] = 1.0
+        r[TARGET_WEIGHT + j] = 1.0
+    if find_untamed(r, 1.0, tile):
+        exp_tile(tile, False, e, True, r, x, later, plan)
     for j in range(LANES):
         f[j] = 1.0 / r[OTHERS + j]
     for c in range(plan.num_classes):
         row = tile[c * plan.step : c * plan.step + LANES]
+        exponentials = e[c * plan.step : c * plan.step + LANES]
         for j in range(LANES):
-            row[j] *= f[j]
+            row[j] = exponentials[j] * f[j]
 
 
 @inline
@@ -246,10 +284,9 @@ def log_softmax_tile(tile, r, x, later, plan):
     m, log_sum = lanes(tile), lanes(tile)
     largest_in_lanes(tile, r, plan)
     find_in_lanes(tile, r, plan)
-    exp_tile(tile, True, False, r, x, later, plan)
     for j in range(LANES):
         r[TARGET_LOGIT + j] = r[MAXIMUM + j]
-    add_exponentials(r, LANES, tile)
+    exp_tile_from_maximum(tile, True, tile, False, r, x, later, plan)
     for j in range(LANES):
         r[LOG_SUM + j] = log1p(r[OTHERS + j] / r[TOP + j])
     if plan.operation == LOGSUMEXP:
@@ -269,21 +306,77 @@ def log_softmax_tile(tile, r, x, later, plan):
 
 
 @spliced
-def reduce_tile(
-    tile, soft, r, n, x, later, plan, weight, largest_weight, options, keep_exponentials
-):
-    """The first stage of cross-entropy: of soft targets unless they are None, else of indices."""
+def reduce_tile(tile, other, soft, r, n, x, later, plan, weight, largest_weight, options, scale):
+    """The first stage of cross-entropy: of soft targets unless they are None, else of indices.
+
+    Exponentials go into `other`, or take the place of the scores where it holds soft targets.
+    """
     for j in range(n, LANES):
         r[INDEX + j] = 0.0
         r[ROW_WEIGHT + j] = 0.0
         r[TARGET_WEIGHT + j] = 0.0
     clear_dead_lanes(tile, r, plan)
-    largest_in_lanes(tile, r, plan)
-    gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options)
+    if soft is not None or options.label_smoothing != 0.0:
+        largest_in_lanes(tile, r, plan)
+        gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options)
+        take_target_logits(tile, r, plan)
+        exp_tile_from_maximum(tile, True, tile, True, r, x, later, plan)
+    else:
+        exp_tile_from_target(tile, other, r, x, later, plan, options, scale)
+
+
+@inline
+def take_target_logits(tile, r, plan):
     for j in range(LANES):
         r[TARGET_LOGIT + j] = tile[int(r[INDEX + j]) * plan.step + j]
-    exp_tile(tile, True, keep_exponentials, r, x, later, plan)
+
+
+@inline
+def exp_tile_from_maximum(tile, skip, e, keep, r, x, later, plan):
+    """exp_tile in units of each row, and what add_exponentials says."""
+    take_units(r, 1.0)
+    exp_tile(tile, skip, e, keep, r, x, later, plan)
     add_exponentials(r, LANES, tile)
+
+
+@inline
+def exp_tile_from_target(tile, e, r, x, later, plan, options, scale):
+    """exp_tile in common units, with the target as what others are related to, where that does."""
+    take_units(r, 0.0)
+    exp_tile(tile, True, e, True, r, x, later, plan)
+    take_target_exps(e, r, plan)
+    untamed = find_untamed(r, scale, tile)
+    if untamed:
+        exp_tile(tile, True, e, True, r, x, later, plan)
+        take_target_exps(e, r, plan)
+    if untamed or options.z_loss != 0.0:
+        take_target_logits(tile, r, plan)
+    else:
+        for j in range(LANES):
+            r[TARGET_LOGIT + j] = 0.0
+    for j in range(LANES):
+        r[GAP + j] = 0.0
+        own = r[OWN + j] != 0.0
+        r[MAXIMUM + j] = r[MAXIMUM + j] if own else r[TARGET_LOGIT + j]
+        r[TOP + j] = r[TARGET_EXP + j]
+    if untamed:
+        take_tops(r, tile)
+
+
+@inline
+def take_target_exps(e, r, plan):
+    for j in range(LANES):
+        r[TARGET_EXP + j] = np.float64(e[int(r[INDEX + j]) * plan.step + j])
+
+
+@inline
+def take_tops(r, like):
+    """The exponentials of the maxima, of lanes with units of their own."""
+    for j in range(LANES):
+        if r[OWN + j] != 0.0:
+            m = like.dtype.type(r[MAXIMUM + j])
+            pivot, magic = pivot_of(m), magic_of(m)
+            r[TOP + j] = exponential(m, pivot, magic, lowest_of(magic))
 
 
 @inline
@@ -349,14 +442,17 @@ def gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options):
 
 
 @inline
-def write_tile(tile, soft, r, plan, weight, largest_weight, options):
-    """The last stage of cross-entropy: factor * e_c - spread * w_c t_c, left_out at INDEX."""
+def write_tile(e, tile, soft, r, plan, weight, largest_weight, options):
+    """The last stage of cross-entropy: factor * e_c - spread * w_c t_c, left_out at INDEX.
+
+    Where spread is not 0, exponentials are in the tile.
+    """
     num_classes, step = plan.num_classes, plan.step
     uniform = options.label_smoothing / num_classes
     real = tile.dtype.type
     f, left_out, index = lanes(tile), lanes(tile), lanes(tile)
     on_target, on_all = lanes(tile), lanes(tile)
-    narrow_factors(tile, f, r, plan)
+    narrow_factors(e, f, r, plan)
     for j in range(LANES):
         spread = r[SPREAD + j] * largest_weight
         on_target[j] = spread * (1.0 - options.label_smoothing)
@@ -378,6 +474,7 @@ def write_tile(tile, soft, r, plan, weight, largest_weight, options):
                 g = row[j] * f[j] - w * on_all[j]
                 row[j] = left_out[j] if index[j] == number else g
         else:
+            exponentials = e[c * step : c * step + LANES]
             for j in range(LANES):
-                g = row[j] * f[j]
+                g = exponentials[j] * f[j]
                 row[j] = left_out[j] if index[j] == number else g

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 LANES = 64  # samples in a tile
 CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
+STEP = 16  # classes of a short row that are taken at a time
 BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
 RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
 SHORT_ROW = 300  # rows of at most so many classes go into tiles
@@ -61,9 +62,10 @@ class Plan(NamedTuple):
     MASS,  # of soft targets: sum of w_c t_c, all classes but the maximum's
     TOP_MASS,  # of soft targets: w_k t_k at the maximum's class k
     INDEX,  # the class left out
-) = range(0, 9 * LANES, LANES)
+    OWN,  # whether exponentials are in units of the row's maximum
+) = range(0, 10 * LANES, LANES)
 # On the way: the exponentials of the maximum and of the target, and log sum exp(x - maximum).
-TOP, TARGET_EXP, LOG_SUM = range(9 * LANES, 12 * LANES, LANES)
+TOP, TARGET_EXP, LOG_SUM = range(10 * LANES, 13 * LANES, LANES)
 # Out: g_c = factor * 2**-shift * exponential_c - spread * w_c, except at the class left out.
-LOSS, FACTOR, SPREAD, LEFT_OUT = range(12 * LANES, 16 * LANES, LANES)
-FIELDS = 16 * LANES
+LOSS, FACTOR, SPREAD, LEFT_OUT = range(13 * LANES, 17 * LANES, LANES)
+FIELDS = 17 * LANES
