@@ -84,6 +84,37 @@ def test_gradient_rows_sum_to_zero(name, layout, dtype, backend):
     assert (np.abs(grad.sum(axis=1)) <= rounding).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("num_classes", [5, 100, 1500])
+def test_either_side_of_common_units(num_classes, dtype, backend):
+    """Rows whose exponentials share their units, beside rows that have their own: by how large the
+    maximum is, how small, and how far below it the target."""
+    large, small, far = (36, -11.1, 69.3) if dtype == np.float32 else (300, -300.1, 623.8)
+    around = np.array([-1, -0.05, 0, 0.05, 1])
+    maxima = np.concatenate([around + large, around + small, [0, -3 * large, 3 * large]])
+    gaps = np.concatenate([[0, 2], around + far, [1.3 * far]])
+    rng = np.random.default_rng(0)
+    x = (
+        np.repeat(maxima, len(gaps))[:, None]
+        - 2
+        - rng.random((len(maxima) * len(gaps), num_classes))
+    )
+    x[:, 0] += 2
+    x[:, 1] = x[:, 0] - np.tile(gaps, len(maxima))
+    x, y = x.astype(dtype), np.ones(len(x), int)
+    options = {"reduction": "none", "backend": backend}
+    losses, grad = fl.cross_entropy_with_grad(x, y, **options)
+    expected = oracles.cross_entropy_with_grad(x, y, reduction="none")
+    assert_close(losses, expected[0], dtype)
+    assert_close(grad, expected[1], dtype)
+    p = fl.softmax(x, backend=backend)
+    assert_close(p, oracles.softmax(x)[0], dtype)
+    for i in range(len(x)):  # and it is the row that decides
+        loss, row = fl.cross_entropy_with_grad(x[i], y[i], **options)
+        assert (loss, row.tobytes()) == (losses[i], grad[i].tobytes())
+        assert fl.softmax(x[i], backend=backend).tobytes() == p[i].tobytes()
+
+
 def test_a_million_rows_of_ten(backend):
     """In one call; the oracle, which is slow, looks at every 16th row."""
     case, layout = cases.by_name["cross_entropy grad none"], Layout(10**6, 10)
