@@ -119,7 +119,8 @@ def test_edges(agreement, size, name, options):
     keywords = {"reduction": "none", **ranks.EDGE_OPTIONS[options]}
     loss, grad = ranks.loss_and_gradient(unsharded, *ranks.edge(name), **keywords)
     results = [result[name, options] for result in agreement[size]]
-    close = {"rtol": 1e-6, "atol": 1e-44, "equal_nan": True}
+    # A share of the smoothing and p may cancel, which leaves the rounding of p.
+    close = {"rtol": 1e-6, "atol": 1e-8 if options == "smoothing" else 1e-44, "equal_nan": True}
     for theirs, _ in results:
         torch.testing.assert_close(theirs, loss, **close)
     torch.testing.assert_close(torch.cat([part for _, part in results], -1), grad, **close)
