@@ -29,9 +29,9 @@ Where units are common, others are related to the target itself: a loss is log1p
 0 * inf counts as 0.
 
 The hot loops are those over CHUNK or LANES in largest, exp_run, exp_block, exp_tile, write_tile and
-transpose, and those of scale_row, plain_step and cross_entropy_step.  In the assembly (objdump -d) they must
-be straight runs of packed instructions, zmm registers in the v4 build and ymm in v3, without a
-call, a scalar instruction or a gather.  exp_run is bound by its 10 multiplications and
+transpose, and those of scale_row, plain_step and cross_entropy_step.  In the assembly (objdump -d)
+they must be straight runs of packed instructions, zmm registers in the v4 build and ymm in v3,
+without a call, a scalar instruction or a gather.  exp_run is bound by its 10 multiplications and
 comparisons per vector; all else must hide behind them.
 """
 

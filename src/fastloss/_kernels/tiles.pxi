@@ -325,8 +325,8 @@ cdef inline void reduce_tile(
     const Job* job, Operation operation, Py_ssize_t first, Py_ssize_t n, Rows* r, int32_t* index,
     real* tile, real* other,
 ) noexcept nogil:
-    """As reduce_rows. Exponentials go into `other`, or take the place of the scores where it holds
-    soft targets."""
+    """As reduce_rows. Exponentials go into `other`; in units of the rows' own, as soft targets want
+    them, which lie there, they take the place of the scores."""
     cdef int64_t y[LANES]
     cdef real maximum[LANES]
     cdef Py_ssize_t j
@@ -346,7 +346,6 @@ cdef inline void reduce_tile(
         if has_soft_target(operation):
             find_in_lanes(job, tile, maximum, index)
         gaps_of_tile(job, tile, other if has_soft_target(operation) else NULL, maximum, index, r)
-    if needs_maximum(job, operation):
         take_target_logits(job, tile, index, r)
         exp_tile_from_maximum(job, first, tile, maximum, index, tile, r)
     else:
