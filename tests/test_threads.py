@@ -252,6 +252,8 @@ def test_more_threads_than_there_are_are_tried_first(monkeypatch):
     assert used(1) == (1,)
     assert used(8) == (8, 7)
     assert used(8) == (8,)  # they are there
+    assert used(1) == (1,)
+    assert used(8) == (8,)  # still
     assert used(8, other) == (8, 7)  # of another backend
     assert used(2) == (2,)
     assert used(3) == (3, 2)  # OpenMP has sent the others away

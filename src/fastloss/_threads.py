@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from fastloss._contract import Kernels
 
 # Below this many array elements a call costs less than waking up a second thread.
-_PARALLEL_ELEMENTS = 1 << 15
-_MOST = 1 << 16  # nobody means more than that
+PARALLEL_ELEMENTS = 1 << 15
+MOST_THREADS = 1 << 16  # nobody means more than that
 _MEMBERSHIP, _GROUPS = "/proc/self/cgroup", "/sys/fs/cgroup"
 
 _num_threads: int | None = None  # set_num_threads; None: what the environment and the CPU say
@@ -83,19 +83,20 @@ def get_num_threads() -> int:
 
 def threads_for(
     num_threads: int | None,
-    elements: int = _PARALLEL_ELEMENTS,
+    elements: int = PARALLEL_ELEMENTS,
     kernels: Kernels | None = None,
 ) -> int:
     """How many threads a call of a backend on so many array elements, or on many, runs on."""
     if num_threads is not None:
         num_threads = _checked(num_threads, "num_threads")
-    if elements < _PARALLEL_ELEMENTS or _is_forked():
+    if elements < PARALLEL_ELEMENTS or _is_forked():
         return 1
     threads = num_threads or _wanted()
     if kernels is None:
         return threads
     threads = min(threads, kernels.most_threads())
-    return threads if _may_have(threads, kernels.__name__) else 1
+    # A call on one thread asks for no team, and sends none away.
+    return threads if threads == 1 or _may_have(threads, kernels.__name__) else 1
 
 
 def _is_forked() -> bool:
@@ -135,8 +136,10 @@ def _checked(num_threads: object, argument: str) -> int:
         count = operator.index(num_threads)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{argument} = {num_threads!r} is not an integer") from None
-    if not 1 <= count <= _MOST:
-        raise ValueError(f"{argument} = {count} is out of range; it must be from 1 to {_MOST}")
+    if not 1 <= count <= MOST_THREADS:
+        raise ValueError(
+            f"{argument} = {count} is out of range; it must be from 1 to {MOST_THREADS}"
+        )
     return count
 
 
@@ -166,7 +169,7 @@ def _openmp_max_threads() -> Callable[[], int]:
     try:
         from fastloss import _cython
     except (ImportError, ValueError):  # whoever asks for that backend hears why
-        return lambda: _MOST
+        return lambda: MOST_THREADS
     return _cython.openmp_max_threads  # type: ignore[no-any-return]
 
 

@@ -7,8 +7,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastloss import _arguments, _backend, _threads
-from fastloss._contract import Backward, Loss, Map, Options
+from fastloss._contract import Backward, Loss, Map
 from fastloss._operations import OPERATIONS
+
+try:
+    from fastloss import _small
+except ImportError:  # not built: the general way is the only one
+    _small = None  # type: ignore[assignment]
 
 
 def softmax(
@@ -96,23 +101,6 @@ def log_softmax(
     return _map("log_softmax", logits, axis, out, backend, num_threads)
 
 
-def _map(
-    name: str,
-    logits: ArrayLike,
-    axis: int,
-    out: np.ndarray | None,
-    backend: str | None,
-    num_threads: int | None,
-) -> np.ndarray:
-    kernels = _backend.resolve(backend)
-    x = _arguments.logits(logits, axis)
-    threads = _threads.threads_for(num_threads, x.array.size, kernels)
-    result = _arguments.output(out, x, x.array.dtype, (), in_place=(x.normal,))
-    kernel: Map = getattr(kernels, name)
-    kernel(x.normal, result.normal, threads)
-    return result.deliver()
-
-
 def logsumexp(
     logits: ArrayLike,
     axis: int = -1,
@@ -140,11 +128,31 @@ def logsumexp(
     >>> fl.logsumexp([[5, 4, 2], [0, 0, 0]]).round(3)
     array([5.349, 1.099])
     """
+    return _map("logsumexp", logits, axis, out, backend, num_threads)
+
+
+def _map(
+    name: str,
+    logits: ArrayLike,
+    axis: int,
+    out: np.ndarray | None,
+    backend: str | None,
+    num_threads: int | None,
+) -> np.ndarray:
+    by_row = OPERATIONS[name].returns == "rows"
+    if _small:
+        answer = _small.map(name, by_row, logits, axis, out, backend, num_threads)
+        if answer is not None:
+            return answer
     kernels = _backend.resolve(backend)
     x = _arguments.logits(logits, axis)
     threads = _threads.threads_for(num_threads, x.array.size, kernels)
-    result = _arguments.output(out, x.rows, x.array.dtype, (x.normal,))
-    kernels.logsumexp(x.normal, result.normal, threads)
+    if by_row:
+        result = _arguments.output(out, x.rows, x.array.dtype, (x.normal,))
+    else:
+        result = _arguments.output(out, x, x.array.dtype, (), in_place=(x.normal,))
+    kernel: Map = getattr(kernels, name)
+    kernel(x.normal, result.normal, threads)
     return result.deliver()
 
 
@@ -305,7 +313,7 @@ def nll_loss(
     0.349
     """
     loss, _ = _loss(
-        "nll_loss", log_probs, target, weight, sample_weight, _arguments.options(ignore_index),
+        "nll_loss", log_probs, target, weight, sample_weight, {"ignore_index": ignore_index},
         reduction, normalizer, axis, backend, num_threads, with_grad=False,
     )  # fmt: skip
     return loss
@@ -358,7 +366,7 @@ num_threads
     array([[-1.,  0.,  0.]])
     """
     return _loss(
-        "nll_loss", log_probs, target, weight, sample_weight, _arguments.options(ignore_index),
+        "nll_loss", log_probs, target, weight, sample_weight, {"ignore_index": ignore_index},
         reduction, normalizer, axis, backend, num_threads, with_grad=True, out=out,
     )  # fmt: skip
 
@@ -458,7 +466,9 @@ def cross_entropy(
     >>> round(fl.cross_entropy([[5, 4, 2]], [0]), 3)
     0.349
     """
-    options = _arguments.options(ignore_index, label_smoothing, z_loss=z_loss)
+    options = {
+        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss,
+    }  # fmt: skip
     loss, _ = _loss(
         "cross_entropy", logits, target, weight, sample_weight, options, reduction, normalizer,
         axis, backend, num_threads, with_grad=False,
@@ -526,7 +536,9 @@ normalizer, axis, backend, num_threads
     >>> round(loss, 3), grad.round(2)
     (0.349, array([[-0.29,  0.26,  0.04]]))
     """
-    options = _arguments.options(ignore_index, label_smoothing, z_loss=z_loss)
+    options = {
+        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss,
+    }  # fmt: skip
     return _loss(
         "cross_entropy", logits, target, weight, sample_weight, options, reduction, normalizer,
         axis, backend, num_threads, with_grad=True, out=out,
@@ -539,7 +551,7 @@ def _loss(
     target: ArrayLike,
     weight: ArrayLike | None,
     sample_weight: ArrayLike | None,
-    options: Options,
+    options: dict[str, Any],
     reduction: str,
     normalizer: float | None,
     axis: int,
@@ -550,14 +562,22 @@ def _loss(
     out: np.ndarray | None = None,
 ) -> tuple[float | np.ndarray, Any]:
     """What the losses share: check, find the divisor, allocate, call the kernel, reduce."""
-    kernels = _backend.resolve(backend)
     operation = OPERATIONS[name]
+    if _small:
+        answer = _small.loss(
+            operation.kernel, scores, target, weight, sample_weight, options, reduction,
+            normalizer, axis, backend, num_threads, with_grad, out,
+        )  # fmt: skip
+        if answer is not None:
+            return answer
+    checked = _arguments.options(**options)
+    kernels = _backend.resolve(backend)
     kernel: Loss = getattr(kernels, operation.kernel)
     x = _arguments.logits(scores, axis, operation.scores)
     threads = _threads.threads_for(num_threads, x.array.size, kernels)
     reduced = _arguments.reduction(reduction, normalizer)
     labels, total_weight = _arguments.labels(
-        kernels, x, target, weight, sample_weight, options, threads, probabilities=operation.soft
+        kernels, x, target, weight, sample_weight, checked, threads, probabilities=operation.soft
     )
     divisor = reduced.divisor(total_weight)
     grad = losses = None
@@ -566,7 +586,7 @@ def _loss(
     if reduction == "none":
         losses = _arguments.output(None, x.rows, x.compute_dtype, ())
     total = kernel(
-        x.normal, labels, options, 1.0 / divisor if divisor else 0.0, losses and losses.normal,
+        x.normal, labels, checked, 1.0 / divisor if divisor else 0.0, losses and losses.normal,
         grad and grad.normal, threads,
     )  # fmt: skip
     loss: float | np.ndarray

@@ -69,12 +69,13 @@ cdef Py_ssize_t check_block(const Job* job, Py_ssize_t block, double* total) noe
     cdef int64_t target[LANES]
     cdef double lane[LANES]
     cdef double weight
-    cdef Py_ssize_t chunk, row, i, n, last = min(job.rows, (block + 1) * CHECK_BLOCK)
+    cdef Py_ssize_t chunk, row, i, n, first = block * CHECK_BLOCK
+    cdef Py_ssize_t last = min(job.rows, first + CHECK_BLOCK)
     cdef int bad
     for i in range(LANES):
         lane[i] = 0.0
-    for chunk in range(CHECK_BLOCK // LANES):
-        row = block * CHECK_BLOCK + chunk * LANES
+    for chunk in range((last - first + LANES - 1) // LANES):
+        row = first + chunk * LANES
         n = min(last - row, <Py_ssize_t>LANES)
         read_indices(job, row, n, target)
         bad = 0

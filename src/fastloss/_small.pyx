@@ -1,0 +1,162 @@
+# cython: language_level=3
+"""Small calls as most are, recognised and checked in compiled code.
+
+Where arrays are a few kilobytes a kernel takes less time than Python's checks of its arguments.
+What is common is quickly told: plain arrays of float32 or float64 in C order, classes along the
+last axis, no options, one thread.  Such a call is answered here.  Of any other, and of one with
+something wrong in it, the answer is None: `functional` then goes the general way, which knows all
+the rules and all the errors.  This file has no rules of its own, and tests/test_small.py holds both
+ways to the same results.
+"""
+
+cimport numpy as cnp
+
+from fastloss._backend import resolve
+from fastloss._contract import Labels, Options
+from fastloss._threads import MOST_THREADS, PARALLEL_ELEMENTS
+
+cnp.import_array()
+
+cdef Py_ssize_t elements_of_many_threads = PARALLEL_ELEMENTS
+cdef dict defaults = Options._field_defaults
+cdef object no_options = Options()
+cdef object new_tuple = tuple.__new__  # in a third of the time that a named one takes by name
+
+
+def map(str name, bint by_row, logits, axis, out, backend, num_threads):
+    """What `functional._map` answers to a small call; else None."""
+    cdef cnp.ndarray result
+    cdef int ndim
+    if not is_small(logits, axis, num_threads):
+        return None
+    ndim = (<cnp.ndarray>logits).ndim - by_row
+    if not may_write(out, logits, ndim):
+        return None
+    kernels = resolve(backend)
+    result = empty(logits, ndim) if out is None else out
+    getattr(kernels, name)(
+        rows_of(logits), entries_of(result) if by_row else rows_of(result), 1
+    )
+    return result
+
+
+def loss(
+    str name, scores, target, weight, sample_weight, dict options, reduction, normalizer, axis,
+    backend, num_threads, bint with_grad, out,
+):
+    """What `functional._loss` answers to a small call; else None."""
+    cdef cnp.ndarray x, grad = None
+    cdef double total_weight
+    if not (
+        weight is None and sample_weight is None and normalizer is None and is_mean(reduction)
+        and are_defaults(options) and is_small(scores, axis, num_threads)
+        and is_target(target, scores) and may_write(out, scores, (<cnp.ndarray>scores).ndim)
+        and (out is None or are_apart(out, target))
+    ):
+        return None
+    kernels = resolve(backend)
+    x = rows_of(scores)
+    labels = new_tuple(Labels, (entries_of(target), None, None))
+    bad, total_weight = kernels.check_target(labels, no_options, x.shape[1], 1)
+    if bad >= 0 or total_weight == 0.0:
+        return None
+    if with_grad:
+        grad = empty(scores, scores.ndim) if out is None else out
+    total = getattr(kernels, name)(
+        x, labels, no_options, 1.0 / total_weight, None, None if grad is None else rows_of(grad), 1
+    )
+    return total / total_weight, grad
+
+
+cdef bint is_small(array, axis, num_threads):
+    """Whether scores are plain, and few enough for one thread."""
+    cdef cnp.ndarray a
+    if type(array) is not cnp.ndarray or type(axis) is not int:
+        return False
+    a = array
+    return (
+        (a.descr.type_num == cnp.NPY_FLOAT or a.descr.type_num == cnp.NPY_DOUBLE)
+        and cnp.PyArray_ISCARRAY_RO(a)
+        and a.ndim > 0
+        and (axis == -1 or axis == a.ndim - 1)
+        and 0 < a.size < elements_of_many_threads
+        and (
+            num_threads is None
+            or type(num_threads) is int and 1 <= num_threads <= MOST_THREADS
+        )
+    )
+
+
+cdef bint is_target(array, cnp.ndarray scores):
+    """Whether these are plain indices, one for each row; nothing is said of their range."""
+    cdef cnp.ndarray a
+    if type(array) is not cnp.ndarray:
+        return False
+    a = array
+    return (
+        a.ndim == scores.ndim - 1 and cnp.PyArray_ISINTEGER(a) and cnp.PyArray_ISCARRAY_RO(a)
+        and cnp.PyArray_CompareLists(a.shape, scores.shape, a.ndim)
+    )
+
+
+cdef bint may_write(out, cnp.ndarray like, int ndim):
+    """Whether out is None, or such an array in quite another place; or in the same, if it is as big.
+
+    It is to have the shape of `like`, as far as `ndim`.
+    """
+    cdef cnp.ndarray a
+    if out is None:
+        return True
+    if type(out) is not cnp.ndarray:
+        return False
+    a = out
+    return (
+        a.descr.type_num == like.descr.type_num and a.ndim == ndim
+        and cnp.PyArray_CompareLists(a.shape, like.shape, ndim) and cnp.PyArray_ISCARRAY(a)
+        and (
+            cnp.PyArray_BYTES(a) == cnp.PyArray_BYTES(like) and ndim == like.ndim
+            or are_apart(a, like)
+        )
+    )
+
+
+cdef bint are_apart(cnp.ndarray a, cnp.ndarray b):
+    return (
+        cnp.PyArray_BYTES(a) + cnp.PyArray_NBYTES(a) <= cnp.PyArray_BYTES(b)
+        or cnp.PyArray_BYTES(b) + cnp.PyArray_NBYTES(b) <= cnp.PyArray_BYTES(a)
+    )
+
+
+cdef bint is_mean(reduction):
+    return type(reduction) is str and <str>reduction == "mean"
+
+
+cdef bint are_defaults(dict options):
+    for name, value in options.items():
+        default = defaults[name]
+        if type(value) is not type(default) or value != default:
+            return False
+    return True
+
+
+cdef cnp.ndarray empty(cnp.ndarray like, int ndim):
+    return cnp.PyArray_EMPTY(ndim, like.shape, like.descr.type_num, False)
+
+
+cdef cnp.ndarray rows_of(cnp.ndarray array):
+    """The array in the normal form."""
+    cdef Py_ssize_t num_classes = array.shape[array.ndim - 1]
+    return view_of(array, 3, [array.size // num_classes, num_classes, 1])
+
+
+cdef cnp.ndarray entries_of(cnp.ndarray array):
+    """What has one entry for each row, in the normal form."""
+    return view_of(array, 2, [array.size, 1, 1])
+
+
+cdef cnp.ndarray view_of(cnp.ndarray array, int ndim, cnp.npy_intp[3] shape):
+    cdef cnp.ndarray view = cnp.PyArray_SimpleNewFromData(
+        ndim, shape, array.descr.type_num, cnp.PyArray_DATA(array)
+    )
+    cnp.set_array_base(view, array)
+    return view

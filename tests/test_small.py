@@ -1,0 +1,163 @@
+"""Small calls are answered in compiled code, as the general way answers them, errors included."""
+
+import random
+
+import numpy as np
+import pytest
+
+import fastloss as fl
+from fastloss import functional
+from fastloss._operations import BY_FUNCTION
+
+FUNCTIONS = [name for name, operation in BY_FUNCTION.items() if operation.family != "backward"]
+SHAPES = [(32, 10), (5, 1), (1, 7), (2, 3, 4), (6,), (0, 3), (3, 0), (8192, 4)]  # the last is large
+
+
+class Sub(np.ndarray):
+    """No plain array."""
+
+
+def misaligned(array):
+    memory = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    memory[...] = array
+    return memory
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+def same(array):
+    return array
+
+
+VIEWS = [
+    lambda array: np.stack([array, array], axis=-1)[..., 0],  # with gaps
+    lambda array: array.view(Sub),
+    misaligned, read_only, np.asfortranarray, np.ndarray.tolist,
+]  # fmt: skip
+
+
+def draw(rnd):
+    """A call whose arguments are mostly plain, each now and then something else."""
+
+    def pick(usual, *others):
+        return rnd.choice(others) if rnd.random() < 0.08 else usual
+
+    operation = BY_FUNCTION[name := rnd.choice(FUNCTIONS)]
+    shape = rnd.choice(SHAPES)
+    rng = np.random.default_rng(rnd.randrange(1000))
+    dtype = np.dtype(pick(rnd.choice("fd"), ">f4", "i4", "?"))
+    memory = np.zeros(
+        (3, *shape), dtype
+    )  # scores and targets beside one another, and out over both
+    x, out = memory[0], np.full(shape, 7, dtype)
+    x[...] = rng.normal(size=shape) * rnd.choice([1, 30])
+    outs = [
+        x,
+        memory.reshape(-1)[1 : 1 + x.size].reshape(shape),
+        memory[1],
+        out.astype("i4"),
+        out.T,
+    ]
+    arguments = {
+        operation.scores: pick(same, *VIEWS)(x),
+        "axis": pick(-1, x.ndim - 1, 0, np.int64(-1), True, 3, 1.0),
+        "num_threads": pick(None, 1, 2, np.int64(1), True, 0, "1", 1 << 70),
+    }
+    if operation.family == "loss":
+        y = rng.integers(0, max(shape[-1], 1), pick(shape[:-1], shape, shape[1:], (3,)))
+        if y.size and rnd.random() < 0.2:
+            y.reshape(-1)[rnd.randrange(y.size)] = rnd.choice([-100, -1, shape[-1], 100])
+        y = y.astype(pick(rnd.choice(["i4", "i8"]), "u8", "i1", ">i8", "f4", "?"))
+        if rnd.random() < 0.5 and y.nbytes <= 2 * x.nbytes:
+            beside = memory.reshape(-1).view(np.uint8)[x.nbytes : x.nbytes + y.nbytes]
+            beside[:] = y.reshape(-1).view(np.uint8)
+            y = beside.view(y.dtype).reshape(y.shape)
+        arguments["target"] = pick(same, *VIEWS)(y)
+        arguments["reduction"] = pick("mean", "sum", "none", "mea", np.str_("mean"), None)
+        options = {
+            "weight": (np.ones(shape[-1]), [np.nan] * shape[-1]),
+            "sample_weight": (np.ones(shape[:-1]), 1.0),
+            "normalizer": (2.0, 0.0),
+            "ignore_index": (-1, 1, -100.0, np.int64(-100), 1 << 70),
+            **{option: (value, 0, -0.0, "0", 7.0) for option, value in operation.options.items()},
+        }
+        chosen = {option: pick(None, *others) for option, others in options.items()}
+        arguments |= {option: value for option, value in chosen.items() if value is not None}
+    elif operation.returns == "rows" and shape != (3, 0):
+        out, outs = out[..., 0].copy(), [a[..., 0] for a in outs[:-1]]
+    if (operation.family != "loss" or name.endswith("_with_grad")) and rnd.random() < 0.7:
+        arguments["out"] = pick(same, *VIEWS)(pick(rnd.choice([out, x]), *outs))
+    return name, arguments
+
+
+def outcome(name, arguments, backend):
+    """What it returns, to the bit, or raises; and what is then in all arrays."""
+    try:
+        results = getattr(fl, name)(**arguments, backend=backend)
+    except (ValueError, TypeError, IndexError) as error:
+        told = [type(error), str(error)]
+    else:
+        results = results if isinstance(results, tuple) else (results,)
+        told = [(type(r), np.shape(r), r is arguments.get("out"), describe(r)) for r in results]
+    return told, [describe(value) for value in arguments.values()]
+
+
+def describe(value):
+    array = np.asarray(value)
+    return array.dtype, array.shape, array.tobytes()
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """Whether each call so far was answered in compiled code."""
+    seen = []
+
+    class Watched:
+        def __getattr__(self, name):
+            def call(*arguments):
+                answer = getattr(small, name)(*arguments)
+                seen.append(answer is not None)
+                return answer
+
+            return call
+
+    small = functional._small
+    monkeypatch.setattr(functional, "_small", Watched())
+    return seen
+
+
+def test_both_ways(backend, answered, monkeypatch):
+    watched, short, failures = functional._small, 0, 0
+    for seed in range(800):
+        monkeypatch.setattr(functional, "_small", watched)
+        name, arguments = draw(random.Random(seed))
+        result = outcome(name, arguments, backend)
+        monkeypatch.setattr(functional, "_small", None)
+        assert result == outcome(*draw(random.Random(seed)), backend), (seed, name, arguments)
+        short += answered[-1]
+        failures += len(result[0]) == 2 and isinstance(result[0][1], str)
+    assert short > 200
+    assert failures > 120
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("index", [np.int32, np.int64])
+def test_the_common_call_is_a_small_one(backend, answered, dtype, index):
+    """Of every function that has a short way, with out and without."""
+    x, y = np.zeros((32, 10), dtype), np.zeros(32, index)
+    for name in FUNCTIONS:
+        arguments = (x, y) if BY_FUNCTION[name].family == "loss" else (x,)
+        getattr(fl, name)(*arguments, backend=backend)
+    fl.softmax(x, 1, out=x, num_threads=2, backend=backend)
+    fl.cross_entropy_with_grad(x, y, out=x, num_threads=2, backend=backend)
+    assert answered == [True] * (len(FUNCTIONS) + 2)
+
+
+@pytest.mark.parametrize("function", [fl.softmax, fl.cross_entropy])
+def test_without_the_extension(monkeypatch, function):
+    monkeypatch.setattr(functional, "_small", None)
+    arguments = ([[1.0, 2.0]], [0])[: 1 + (function is fl.cross_entropy)]
+    assert np.sum(function(*arguments)) == pytest.approx(1 if function is fl.softmax else 1.3132617)
