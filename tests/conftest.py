@@ -1,6 +1,11 @@
 """The backend fixture: every test that asks for it runs on every backend and instruction set."""
 
 import os
+
+# Before OpenMP is loaded, which reads it once. Tests ask for more threads than there are CPUs: one
+# that waits in a loop would take the CPU from those who work. Results do not depend on it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import subprocess
 import sys
 

@@ -30,7 +30,7 @@ def test_hostile_call(backend, kind, rnd):
 @KINDS
 def test_thousands_of_hostile_calls(backend, kind):
     """More than hypothesis has the time for: the first calls of `fuzz.py`."""
-    for number in range(4000 if kind is hostile else 1500):  # a linear call takes longer
+    for number in range(2000 if kind is hostile else 800):  # a linear call takes longer
         report = trial(0, number, backend, kind)
         assert not report, f"call {number}: {report}"
 

@@ -256,7 +256,7 @@ def test_large_results_that_go_past_the_caches(layout, dtype, backend):
     aligned = -memory.__array_interface__["data"][0] % 64
     in_place = logits.copy()
     fl.softmax(in_place, layout.axis, out=in_place, backend=backend)
-    for offset in (0, 8, 16):
+    for offset in (0, 8):
         first = aligned + offset
         out = memory[first : first + logits.nbytes].view(dtype).reshape(shape)
         memory[:] = 7
