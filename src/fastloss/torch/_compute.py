@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastloss as fl
+from fastloss._threads import PARALLEL_ELEMENTS
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -100,8 +101,10 @@ def to_tensor(array: np.ndarray) -> Tensor:
     return result.set_(bits.untyped_storage(), 0, bits.shape, bits.stride())  # type: ignore[call-overload]
 
 
-def num_threads() -> int:
-    """As few as torch.set_num_threads and our own settings ask for."""
+def num_threads(elements: int = PARALLEL_ELEMENTS) -> int:
+    """As few as torch.set_num_threads and our own settings ask for, with so many array elements."""
+    if elements < PARALLEL_ELEMENTS:
+        return 1
     return min(torch.get_num_threads(), fl.get_num_threads())
 
 
@@ -128,15 +131,19 @@ def losses_and_gradient(
 
 
 def _keywords(inputs: Inputs, options: Options) -> dict[str, Any]:
-    keywords = options._asdict()
-    if keywords.pop("name") == "nll_loss":
-        del keywords["label_smoothing"], keywords["z_loss"]
-    return keywords | {
+    keywords = {
+        "ignore_index": options.ignore_index,
+        "reduction": options.reduction,
+        "normalizer": options.normalizer,
+        "backend": options.backend,
         "weight": maybe_to_array(inputs.weight),
         "sample_weight": maybe_to_array(inputs.sample_weight),
         "axis": inputs.dim,
-        "num_threads": num_threads(),
+        "num_threads": num_threads(inputs.scores.numel()),
     }
+    if options.name != "nll_loss":
+        keywords |= {"label_smoothing": options.label_smoothing, "z_loss": options.z_loss}
+    return keywords
 
 
 def loss_tensor(loss: float | np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -253,5 +260,6 @@ def _mapped(function: Any, tensors: tuple[Tensor, ...], dim: int, backend: str |
     arrays = [to_array(tensor) for tensor in tensors]
     if not shape:  # a scalar is one class
         arrays = [array.reshape(1) for array in arrays]
-    result = function(*arrays, dim, backend=backend, num_threads=num_threads())
+    threads = num_threads(tensors[0].numel())
+    result = function(*arrays, dim, backend=backend, num_threads=threads)
     return to_tensor(result if shape else result.reshape(()))

@@ -23,8 +23,8 @@ def is_eager(*tensors: Any) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or _is_batched(*tensors)
         or _is_traced(*tensors)
+        or _is_batched(*tensors)
     )
 
 
@@ -35,20 +35,22 @@ def is_alone(upstream: Tensor) -> bool:
 
 def _is_batched(*tensors: Any) -> bool:
     """Whether one is a batch to ``is_grads_batched=True``, which is not of `torch.func`."""
-    is_batched = torch._C._functorch.is_legacy_batchedtensor
-    return any(isinstance(tensor, Tensor) and is_batched(tensor) for tensor in tensors)
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and torch._C._functorch.is_legacy_batchedtensor(tensor):
+            return True
+    return False
 
 
 def _is_traced(*tensors: Any) -> bool:
     """Whether there is someone to note down operators."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or any(
-            isinstance(t, Tensor) and type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
-            for t in tensors
-        )
-    )
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return True
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and (
+            type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        ):
+            return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------------
