@@ -38,6 +38,17 @@ ALONE = {
     "Cython takes rows of 48 classes and more as rows where they are, Numba from 301 on": {
         "adds_as_rows", "fold_parts",
     },
+    "Cython tells a tame row by its sum alone, Numba by its maximum, too": {
+        "highest_of", "below", "tame_of", "is_tame",
+    },
+    "Cython looks for maxima first where the rows before needed them": {
+        "hopeless_of", "is_hopeless", "are_hopeless", "untamed_of", "take_maxima",
+        "exp_tile_untamed", "take_units",
+    },
+    "Cython takes short rows where they are as rows, several at a time, Numba as tiles": {
+        "sum_eight", "fold_eight", "scale_sixteen", "begin_rows", "owners_of", "sum_rows",
+        "scale_rows", "exp_rows_from_target", "is_short", "short_unit",
+    },
     "picked out one by one, where LLVM makes less of a mask": {"take_target_exps"},
     "LLVM unrolls short loops before it would vectorise them": {
         "add_step", "scale_step", "scale_kept", "sum_lanes",

@@ -10,8 +10,9 @@ CHUNK or LANES explicit lanes, so that the compiler can vectorise them without c
 mean: a row gives the same bits alone or in a batch, at any alignment, on any number of threads.
 fma is spelled out where the build has it, hence bits may differ between instruction sets.
 
-Two layouts.  A *row* is a long run of classes next to each other: classes lie in the SIMD lanes.
-Where rows are short, or other samples lie between the classes, a *tile* puts LANES samples in the
+Two layouts.  A *row* is a run of classes next to each other: classes lie in the SIMD lanes, and
+short rows, several of which fill these, are one run.  Where other samples lie between the classes,
+or rows are short and the operation asks for the maximum of each, a *tile* puts LANES samples in the
 SIMD lanes, copied (transposed, converted) into scratch and back.  Either way a unit of rows is put
 together in scratch that stays in cache and goes out in one run; a large result goes past the
 caches, so that memory is not read only to be overwritten, and what the next unit needs is fetched
@@ -21,7 +22,8 @@ Two units for exponentials. Most rows need no maximum: theirs are 2**48 exp(x) (
 which is exact as long as nothing overflows and what counts is no subnormal number, and so can be
 taken in one run of many rows, wherever each ends. A row that is not so tame has units of its own, a
 power of two near its maximum. Which of the two it is the row decides by itself, by its own scores
-and weight (in_common_units), so that its bits do not depend on what is around it; where smoothing
+and weight (in_common_units), so that its bits do not depend on what is around it: what would
+overflow is cut off, and shows in the sum. Where smoothing
 or soft targets ask how far all scores are from the maximum, rows have their own units.
 
 The sum leaves one class out (the target, or the maximum), which is what makes small losses exact.
@@ -29,7 +31,8 @@ Where units are common, others are related to the target itself: a loss is log1p
 0 * inf counts as 0.
 
 The hot loops are those over CHUNK or LANES in largest, exp_run, exp_block, exp_tile, write_tile and
-transpose, and those of scale_row, plain_step and cross_entropy_step.  In the assembly (objdump -d)
+transpose, sum_eight and scale_sixteen, and those of scale_row, plain_step and cross_entropy_step.
+In the assembly (objdump -d)
 they must be straight runs of packed instructions, zmm registers in the v4 build and ymm in v3,
 without a call, a scalar instruction or a gather.  exp_run is bound by its 10 multiplications and
 comparisons per vector; all else must hide behind them.
@@ -78,6 +81,8 @@ cdef inline void run_unit(
         nll_backward_unit(job, unit, scratch)
     elif job.layout == TILES:
         tile_unit(job, operation, unit, scratch)
+    elif is_short(job):
+        short_unit(job, operation, unit, scratch)
     elif job.layout == COLUMNS:
         column_unit(job, operation, unit, scratch)
     else:
@@ -89,6 +94,7 @@ cdef inline void run_units(
 ) noexcept nogil:
     cdef Py_ssize_t unit
     begin_carries(job, scratch)
+    begin_rows(job, scratch)
     for unit in range(first, last):
         run_unit(job, operation, unit, scratch)
     flush_carries(job, scratch)
@@ -147,7 +153,7 @@ cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
     job.group = job.summed = job.step = LANES
     job.row_step = C
     job.layout = TILES if C <= SHORT_ROW else ROWS if job.inner == 1 else COLUMNS
-    if job.inner == 1 and C > SHORT_FLAT_ROW and is_flat(job, operation):
+    if job.inner == 1 and is_flat(job, operation):
         job.layout = ROWS
     if is_nll(operation):
         job.numbers = 1
@@ -162,12 +168,15 @@ cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
             job.summed //= 2
         job.group = job.summed
         job.numbers = row_numbers(job)
+        if is_short(job):
+            job.numbers = max(job.numbers, tile_numbers(job)) + FL_ROWS * C
         if job.layout == COLUMNS:
             columns = <Py_ssize_t>TURNED // C // TURN * TURN
             job.group = min(max(columns, <Py_ssize_t>TURN), <Py_ssize_t>LANES)
             # Room for a last chunk, and an odd number of lines: else rows fall on the same sets.
             job.row_step = (C + CHUNK - 1) // CHUNK * CHUNK + TURN
             job.numbers += turned_numbers(job) * (1 if job.other == NULL else 2)
+    job.numbers += LINE // 4  # untamed_of
     # In place, what is written is in the cache already.
     job.stream = (
         writes_rows(operation) and job.out != NULL and job.out != job.logits

@@ -40,31 +40,43 @@ cdef inline real magic_of(real maximum) noexcept nogil:
         return (6755399441055744.0 + 1023 + 64) - (shifted - 6755399441055744.0)
 
 
-cdef inline real tame_of(real unused) noexcept nogil:
-    """The largest score of a row whose exponentials are in common units."""
-    return 36.0 if real is float else 300.0
+cdef inline real highest_of(real unused) noexcept nogil:
+    """What common units take larger scores for: enough for a sum to be told by."""
+    return 44.0 if real is float else 340.0
 
 
 cdef inline real common_magic(real unused) noexcept nogil:
     """As magic_of, for rows without a reference of their own: for 2**48 exp(x), or 2**497 exp(x).
 
-    No sum of tame rows overflows there.
+    No sum overflows there, as no score is above the highest.
     """
     return 12582912.0 + 127 + 48 if real is float else 6755399441055744.0 + 1023 + 497
 
 
 cdef inline bint in_common_units(
-    double total, double least, real top, double weight
+    double total, double least, double weight, real unused
 ) noexcept nogil:
-    """Whether a row's exponentials are exact in common units: by its sum, one of them, its maximum.
+    """Whether a row's exponentials are exact in common units: by their sum, and by one of them.
 
-    None overflowed; what will be a subnormal result is a normal number, and so is the weight over
-    the sum; `least`, the target's, is not so small that the ratio to it would overflow.
+    No score was above the highest; what will be a subnormal result is a normal number, and so is
+    the weight over the sum; `least`, the target's, is not so small that the ratio to it would
+    overflow.
     """
+    cdef double most = 2.596148429267414e33 if real is float else 1.307993905256674e297
     cdef double negligible = 7.888609052210118e-31 if real is float else 1.1830521861667747e-271
-    cdef bint exact = (total * power_of(top) >= 1.0) & (least >= negligible * total)
+    cdef bint exact = (total * power_of(unused) >= 1.0) & (total < most)
     weight = weight if weight >= 0.0 else -weight
-    return exact & (top <= tame_of(top)) & (weight >= tiny_of(top) * total)
+    return exact & (least >= negligible * total) & (weight >= tiny_of(unused) * total)
+
+
+cdef inline real hopeless_of(Py_ssize_t num_classes, real unused) noexcept nogil:
+    """Below this maximum, a row's sum is too small for common units (in_common_units)."""
+    return -(<real>(11.2 if real is float else 300.3) + log1p(<real>num_classes))
+
+
+cdef inline bint is_hopeless(real maximum, real hopeless) noexcept nogil:
+    """Whether the maximum alone says that common units are not for a row."""
+    return (maximum > highest_of(maximum)) | (maximum < hopeless)
 
 
 cdef inline real lowest_of(real magic) noexcept nogil:
@@ -79,7 +91,7 @@ cdef inline real exponential(real x, real pivot, real magic, real lowest) noexce
     """2**(SHIFT - N) * exp(x - pivot); 0 where that is negligible; NaN for NaN."""
     cdef real d, n, r, p, shifted
     d = (fl_no_dust_f(x) if real is float else fl_no_dust_d(x)) - pivot
-    d = lowest if d < lowest else d
+    d = fl_larger_f(lowest, d) if real is float else fl_larger_d(lowest, d)
     if real is float:
         shifted = fl_fma_f(d, 1.44269504, magic)
         n = shifted - magic

@@ -53,37 +53,33 @@ cdef inline bint holds_nan(const real* x, Py_ssize_t step, Py_ssize_t n) noexcep
     return count > 0
 
 
-cdef inline real exp_run(
+cdef inline real below(real x, real highest) noexcept nogil:
+    return fl_smaller_f(highest, x) if real is float else fl_smaller_d(highest, x)
+
+
+cdef inline void exp_run(
     const real* x, Py_ssize_t n, real* e, const char* later, Py_ssize_t step
 ) noexcept nogil:
-    """The exponentials e in common units, wherever rows end, and the largest x, NaN left aside.
+    """The exponentials e in common units, wherever rows end.
 
     e has room for whole chunks. Meanwhile memory is fetched, as in exp_block.
     """
-    cdef real top[CHUNK]
     cdef real value[CHUNK]
     cdef real rest[CHUNK]
-    cdef real magic = common_magic(x[0]), lowest = lowest_of(magic)
+    cdef real magic = common_magic(x[0]), lowest = lowest_of(magic), highest = highest_of(magic)
     cdef const real* source
     cdef Py_ssize_t chunk, j, whole = n // CHUNK
-    pad(x + whole * CHUNK, n - whole * CHUNK, -1, rest)
-    for j in range(CHUNK):
-        top[j] = <real>-INFINITY
+    if whole * CHUNK < n:
+        pad(x + whole * CHUNK, n - whole * CHUNK, -1, rest)
     for chunk in range((n + CHUNK - 1) // CHUNK):
         source = x + chunk * CHUNK
         if chunk == whole:
             source = rest
-        fetch(later + chunk * step, step)
+        fetch(later + chunk * step, CHUNK * sizeof(real))
         for j in range(CHUNK):
-            top[j] = source[j] if source[j] > top[j] else top[j]
+            value[j] = below(source[j], highest)
         for j in range(CHUNK):
-            value[j] = exponential(source[j], <real>0.0, magic, lowest)
-        for j in range(CHUNK):
-            e[chunk * CHUNK + j] = value[j]
-    if real is float:
-        return fl_max_f(top)
-    else:
-        return fl_max_d(top)
+            e[chunk * CHUNK + j] = exponential(value[j], <real>0.0, magic, lowest)
 
 
 cdef inline double exp_block(

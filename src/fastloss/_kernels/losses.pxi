@@ -62,18 +62,16 @@ cdef inline void plain_step(
 ) noexcept nogil:
     """As cross_entropy_step, without smoothing and z-loss; the logarithm in the compute type."""
     cdef real log_sum
-    cdef double b, inverse, weight, power = power_of(unused)
+    cdef double inverse, weight, power = power_of(unused)
     cdef Py_ssize_t i
     for i in range(n):
-        b = r.target_weight[i]
-        log_sum = log1p(<real>((r.others[i] + (r.target_exp[i] - r.top[i])) / r.top[i]))
-        r.loss[i] = times(
-            r.row_weight[i], times(b, <double>log_sum - (r.target_logit[i] - r.maximum[i])))
+        weight = r.row_weight[i] * r.target_weight[i]
+        log_sum = log1p(<real>(r.others[i] + (r.target_exp[i] - r.top[i])) / <real>r.top[i])
+        r.loss[i] = times(weight, <double>log_sum - (r.target_logit[i] - r.maximum[i]))
+        weight *= job.scale
         inverse = 1.0 / (r.others[i] + r.target_exp[i])
-        weight = r.row_weight[i] * job.scale
-        r.factor[i] = times(weight, b * (inverse / power))
-        r.spread[i] = 0.0
-        r.left_out[i] = times(weight, 0.0 - b * (r.others[i] * inverse))
+        r.factor[i] = times(weight, inverse / power)
+        r.left_out[i] = times(weight, 0.0 - r.others[i] * inverse)
 
 
 cdef inline void cross_entropy_soft_step(const Job* job, Rows* r, Py_ssize_t n) noexcept nogil:

@@ -74,6 +74,12 @@ static inline double fl_subtract_product_d(double a, double b, double c) {
     return fl_fma_d(-a, b, c);
 }
 
+/* The larger and the smaller of two numbers, NaN where b is: one instruction. */
+static inline float fl_larger_f(float a, float b) { return a > b ? a : b; }
+static inline double fl_larger_d(double a, double b) { return a > b ? a : b; }
+static inline float fl_smaller_f(float a, float b) { return a < b ? a : b; }
+static inline double fl_smaller_d(double a, double b) { return a < b ? a : b; }
+
 /* Results do not depend on a flush of denormals, or a rounding mode, that somebody set: the mode in
    which to compute, set in place of the caller's, which is returned. */
 #define FL_IEEE_MODE 0x1f80
@@ -252,6 +258,91 @@ FL_FOLD(fl_sum_d, fl_max_d, double, int64_t)
 #endif
 FL_TRANSPOSE(fl_transpose_f, float)
 FL_TRANSPOSE(fl_transpose_d, double)
+
+/* The sums of eight rows of n numbers that follow each other: of each the numbers at distance 8, the
+   last of which goes to the eighth sum, then these eight, by halves. Reads up to seven numbers before
+   the rows. */
+#if defined(FL_SHUFFLE)
+#define FL_SUM_ROWS(NAME, REAL, INT) \
+    typedef REAL NAME##_v __attribute__((vector_size(8 * sizeof(REAL)))); \
+    typedef INT NAME##_i __attribute__((vector_size(8 * sizeof(REAL)))); \
+    static inline void NAME(const REAL* from, ptrdiff_t n, REAL* to) { \
+        static const INT keep[16] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1}; \
+        NAME##_v a[8], b; \
+        NAME##_i first, kept; \
+        ptrdiff_t c = (n - 1) % 8 + 1; \
+        memcpy(&kept, keep + c, sizeof kept); \
+        for (int i = 0; i < 8; i++) { \
+            memcpy(&first, from + i * n + c - 8, sizeof first); \
+            a[i] = (NAME##_v)(first & kept); \
+        } \
+        for (; c < n; c += 8) \
+            for (int i = 0; i < 8; i++) { \
+                memcpy(&b, from + i * n + c, sizeof b); \
+                a[i] += b; \
+            } \
+        for (int i = 0; i < 4; i++) \
+            a[i] = FL_SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) + \
+                   FL_SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15); \
+        for (int i = 0; i < 2; i++) \
+            a[i] = FL_SHUFFLE(a[2 * i], a[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) + \
+                   FL_SHUFFLE(a[2 * i], a[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15); \
+        a[0] = FL_SHUFFLE(a[0], a[1], 0, 2, 8, 10, 4, 6, 12, 14) + \
+               FL_SHUFFLE(a[0], a[1], 1, 3, 9, 11, 5, 7, 13, 15); \
+        memcpy(to, a, sizeof a[0]); \
+    }
+#else
+#define FL_SUM_ROWS(NAME, REAL, INT) \
+    static inline void NAME(const REAL* from, ptrdiff_t n, REAL* to) { \
+        for (int i = 0; i < 8; i++) { \
+            REAL s[8] = {0}; \
+            for (ptrdiff_t c = 0; c < n; c++) s[(size_t)(c - n) % 8] += from[i * n + c]; \
+            for (int half = 4; half > 0; half /= 2) \
+                for (int j = 0; j < half; j++) s[j] += s[j + half]; \
+            to[i] = s[0]; \
+        } \
+    }
+#endif
+FL_SUM_ROWS(fl_sum_rows_f, float, int32_t)
+FL_SUM_ROWS(fl_sum_rows_d, double, int64_t)
+
+/* Rows of n numbers that follow each other times a factor each, in one run: owner says whose each
+   number of FL_ROWS rows is. */
+#define FL_ROWS 16
+#define FL_SCALE_ROWS(NAME, REAL, ROWS, STEP) \
+    static inline void NAME(REAL* rows, ptrdiff_t n, const REAL* factor, const int32_t* owner) { \
+        for (int i = 0; i < FL_ROWS; i += ROWS, rows += ROWS * n, factor += ROWS) \
+            for (ptrdiff_t c = 0; c < n; c++) { STEP; } \
+    }
+#if defined(__AVX512F__)
+FL_SCALE_ROWS(fl_scale_rows_f, float, 16,
+              _mm512_storeu_ps(rows + c * 16,
+                               _mm512_mul_ps(_mm512_loadu_ps(rows + c * 16),
+                                             _mm512_permutexvar_ps(
+                                                 _mm512_loadu_si512(owner + c * 16),
+                                                 _mm512_loadu_ps(factor)))))
+FL_SCALE_ROWS(fl_scale_rows_d, double, 8,
+              _mm512_storeu_pd(
+                  rows + c * 8,
+                  _mm512_mul_pd(_mm512_loadu_pd(rows + c * 8),
+                                _mm512_permutexvar_pd(
+                                    _mm512_cvtepi32_epi64(
+                                        _mm256_loadu_si256((const __m256i*)(owner + c * 8))),
+                                    _mm512_loadu_pd(factor)))))
+#else
+#if defined(__AVX2__)
+FL_SCALE_ROWS(fl_scale_rows_f, float, 8,
+              _mm256_storeu_ps(
+                  rows + c * 8,
+                  _mm256_mul_ps(_mm256_loadu_ps(rows + c * 8),
+                                _mm256_permutevar8x32_ps(
+                                    _mm256_loadu_ps(factor),
+                                    _mm256_loadu_si256((const __m256i*)(owner + c * 8))))))
+#else
+FL_SCALE_ROWS(fl_scale_rows_f, float, 1, rows[c] *= factor[0])
+#endif
+FL_SCALE_ROWS(fl_scale_rows_d, double, 1, rows[c] *= factor[0])
+#endif
 
 static int fl_cpu_runs(int level) {
 #if (defined(__x86_64__) || defined(__amd64__)) && defined(__GNUC__)

@@ -4,6 +4,7 @@ cdef extern from "machine.h":
     enum:
         FL_OPENMP
         FL_IEEE_MODE
+        FL_ROWS
     int fl_max_threads() noexcept nogil
     int fl_thread_limit() noexcept nogil
     int fl_cpu_runs(int level) noexcept nogil
@@ -17,6 +18,10 @@ cdef extern from "machine.h":
     double fl_fma_d(double, double, double) noexcept nogil
     float fl_subtract_product_f(float, float, float) noexcept nogil
     double fl_subtract_product_d(double, double, double) noexcept nogil
+    float fl_larger_f(float, float) noexcept nogil
+    double fl_larger_d(double, double) noexcept nogil
+    float fl_smaller_f(float, float) noexcept nogil
+    double fl_smaller_d(double, double) noexcept nogil
     float fl_no_dust_f(float) noexcept nogil
     double fl_no_dust_d(double) noexcept nogil
 
@@ -30,6 +35,10 @@ cdef extern from "machine.h":
     double fl_sum_d(const double*) noexcept nogil
     float fl_max_f(const float*) noexcept nogil
     double fl_max_d(const double*) noexcept nogil
+    void fl_sum_rows_f(const float*, Py_ssize_t, float*) noexcept nogil
+    void fl_sum_rows_d(const double*, Py_ssize_t, double*) noexcept nogil
+    void fl_scale_rows_f(float*, Py_ssize_t, const float*, const int32_t*) noexcept nogil
+    void fl_scale_rows_d(double*, Py_ssize_t, const double*, const int32_t*) noexcept nogil
     void fl_transpose_f(const float*, Py_ssize_t, float*, Py_ssize_t) noexcept nogil
     void fl_transpose_d(const double*, Py_ssize_t, double*, Py_ssize_t) noexcept nogil
 
@@ -42,3 +51,21 @@ cdef inline void transpose(
         fl_transpose_f(source, source_step, to, to_step)
     else:
         fl_transpose_d(source, source_step, to, to_step)
+
+
+cdef inline void sum_eight(const real* rows, Py_ssize_t n, real* to) noexcept nogil:
+    """The sums of eight rows of n numbers, in the order of fold_parts."""
+    if real is float:
+        fl_sum_rows_f(rows, n, to)
+    else:
+        fl_sum_rows_d(rows, n, to)
+
+
+cdef inline void scale_sixteen(
+    real* rows, Py_ssize_t n, const real* factor, const int32_t* owner
+) noexcept nogil:
+    """Sixteen rows of n numbers times a factor each."""
+    if real is float:
+        fl_scale_rows_f(rows, n, factor, owner)
+    else:
+        fl_scale_rows_d(rows, n, factor, owner)

@@ -4,6 +4,14 @@ cdef inline Py_ssize_t itemsize(Storage storage) noexcept nogil:
     return 4 if storage == FLOAT32 else 8 if storage == FLOAT64 else 2
 
 
+cdef inline int32_t* untamed_of(const Job* job, real* scratch) noexcept nogil:
+    """Whether the last unit had rows that common units are not for: the next may, too.
+
+    Only the way to the bits depends on it.
+    """
+    return <int32_t*>(scratch + job.numbers) - 1
+
+
 cdef inline void fetch(const char* data, Py_ssize_t size) noexcept nogil:
     """Ask for memory ahead of its use; beyond the end of an array that does no harm."""
     cdef Py_ssize_t i

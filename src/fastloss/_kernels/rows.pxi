@@ -13,6 +13,26 @@ cdef inline Py_ssize_t row_numbers(const Job* job) noexcept nogil:
     return 2 * BLOCK + job.summed * job.num_classes + CHUNK
 
 
+cdef inline bint is_short(const Job* job) noexcept nogil:
+    """Whether rows are one run, and several are added up at a time."""
+    return job.layout == ROWS and not adds_as_rows(job)
+
+
+cdef inline int32_t* owners_of(const Job* job, real* scratch) noexcept nogil:
+    """Of short rows: to which of FL_ROWS each number belongs."""
+    return <int32_t*>(scratch + job.numbers - LINE // 4 - FL_ROWS * job.num_classes)
+
+
+cdef inline void begin_rows(const Job* job, real* scratch) noexcept nogil:
+    cdef int32_t* owner = owners_of(job, scratch)
+    cdef Py_ssize_t i, c
+    untamed_of(job, scratch)[0] = False
+    if is_short(job):
+        for i in range(FL_ROWS):
+            for c in range(job.num_classes):
+                owner[i * job.num_classes + c] = <int32_t>i
+
+
 cdef inline void store_rows(
     const Job* job, Py_ssize_t first, Py_ssize_t n, const real* kept
 ) noexcept nogil:
@@ -93,25 +113,21 @@ cdef inline double exp_row(
     return total
 
 
-cdef inline real exp_rows(
+cdef inline void exp_rows(
     const Job* job, Py_ssize_t first, Py_ssize_t n, real* kept, real* scratch
 ) noexcept nogil:
-    """Exponentials in common units; the largest score. Memory is fetched as in exp_row."""
+    """Exponentials in common units. Memory is fetched as in exp_row."""
     cdef Py_ssize_t C = job.num_classes, size = itemsize(job.storage)
     cdef bint together = job.row_step == C  # the rows are one run
     cdef Py_ssize_t runs = 1 if together else n, run = n * C if together else C
     cdef Py_ssize_t ahead = min(job.group * job.row_step, <Py_ssize_t>AHEAD), i, b, width
     cdef const char* x
-    cdef real top = <real>-INFINITY, block_top
     for i in range(runs):
         x = row_of(job, job.logits, job.storage, first + i)
         for b in range(blocks_in(run)):
             width = min(run - b * BLOCK, <Py_ssize_t>BLOCK)
-            block_top = exp_run(
-                load_block(job.storage, x, b * BLOCK, width, scratch), width,
-                kept + i * C + b * BLOCK, x + (b * BLOCK + ahead) * size, CHUNK * size)
-            top = block_top if block_top > top else top
-    return top
+            exp_run(load_block(job.storage, x, b * BLOCK, width, scratch), width,
+                    kept + i * C + b * BLOCK, x + (b * BLOCK + ahead) * size, CHUNK * size)
 
 
 cdef inline double sum_row(const Job* job, const real* e) noexcept nogil:
@@ -122,15 +138,17 @@ cdef inline double sum_row(const Job* job, const real* e) noexcept nogil:
     return total
 
 
-cdef inline bint is_tame(
-    const Job* job, Py_ssize_t row, double total, double least, real top, double weight,
-    real* scratch,
-) noexcept nogil:
-    """Whether a row needs no reference of its own. top is the largest score of it, or of more."""
-    cdef bint tame = in_common_units(total, least, min(top, tame_of(top)), weight)
-    if not tame or top <= tame_of(top):
-        return tame
-    return largest_of_row(job, row_of(job, job.logits, job.storage, row), scratch) <= tame_of(top)
+cdef inline void sum_rows(const Job* job, Py_ssize_t n, const real* e, double* total) noexcept nogil:
+    cdef real sums[LANES]
+    cdef Py_ssize_t C = job.num_classes, i
+    if adds_as_rows(job):
+        for i in range(n):
+            total[i] = sum_row(job, e + i * C)
+        return
+    for i in range(0, n, 8):
+        sum_eight(e + i * C, C, sums + i)
+    for i in range(n):
+        total[i] = sums[i]
 
 
 cdef inline void scale_row(real* e, Py_ssize_t n, double factor) noexcept nogil:
@@ -152,24 +170,75 @@ cdef inline real narrow_factor(real* e, Py_ssize_t n, double factor) noexcept no
     return <real>narrow
 
 
-cdef void softmax_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept nogil:
+cdef inline void scale_rows(
+    const Job* job, Py_ssize_t n, real* e, const double* factor, real* scratch
+) noexcept nogil:
+    cdef real f[LANES]
+    cdef real power = power_of(e[0]), tiny = tiny_of(e[0])
+    cdef double narrow
+    cdef int small = 0
+    cdef Py_ssize_t C = job.num_classes, i
+    if adds_as_rows(job):
+        for i in range(n):
+            scale_row(e + i * C, C, factor[i])
+        return
+    for i in range(n):
+        narrow = factor[i] * power
+        f[i] = <real>narrow
+        small |= (-tiny < narrow) & (narrow < tiny) & (factor[i] != 0.0)
+    if small:
+        for i in range(n):
+            f[i] = narrow_factor(e + i * C, C, factor[i])
+    for i in range(0, n, 16):
+        scale_sixteen(e + i * C, C, f + i, owners_of(job, scratch))
+
+
+cdef inline bint are_hopeless(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, Rows* r, real* scratch
+) noexcept nogil:
+    """Whether all rows that count need units of their own, by their maxima: if there is a chance."""
+    cdef real hopeless = hopeless_of(job.num_classes, scratch[0])
+    cdef bint result = True
+    cdef Py_ssize_t i
+    if not untamed_of(job, scratch)[0]:
+        return False
+    largest_of_rows(job, first, n, r, scratch)
+    for i in range(n):
+        r.own[i] = r.row_weight[i] != 0.0
+        result &= (not r.own[i]) | is_hopeless(<real>r.maximum[i], hopeless)
+    return result
+
+
+cdef bint softmax_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept nogil:
+    """False, and nothing done, if short rows need units of their own."""
     cdef real* kept = scratch + 2 * BLOCK
     cdef Rows r
-    cdef real top
     cdef const char* x
+    cdef bint untamed
     cdef Py_ssize_t i, first = unit * job.group, n = rows_in_unit(job, unit)
-    top = exp_rows(job, first, n, kept, scratch)
     for i in range(n):
-        r.others[i] = sum_row(job, kept + i * job.num_classes)
+        r.row_weight[i] = r.target_weight[i] = 1.0
+    untamed = are_hopeless(job, first, n, &r, scratch)
+    if not untamed:
+        exp_rows(job, first, n, kept, scratch)
+        sum_rows(job, n, kept, r.others)
+        for i in range(n):
+            r.target_exp[i] = r.others[i]
+        untamed = find_untamed(&r, n, 1.0, kept[0])
+    untamed_of(job, scratch)[0] = untamed
+    if untamed and is_short(job):
+        return False
+    if untamed:
+        for i in range(n):
+            if r.own[i]:
+                x = row_of(job, job.logits, job.storage, first + i)
+                r.others[i] = exp_row(job, x, -1, largest_of_row(job, x, scratch),
+                                      kept + i * job.num_classes, scratch)
     for i in range(n):
-        if not is_tame(job, first + i, 2.0 * r.others[i], r.others[i], top, 1.0, scratch):
-            x = row_of(job, job.logits, job.storage, first + i)
-            r.others[i] = exp_row(job, x, -1, largest_of_row(job, x, scratch),
-                                  kept + i * job.num_classes, scratch)
-    for i in range(n):
-        scale_row(kept + i * job.num_classes, job.num_classes,
-                  1.0 / (r.others[i] * power_of(scratch[0])))
+        r.factor[i] = 1.0 / (r.others[i] * power_of(scratch[0]))
+    scale_rows(job, n, kept, r.factor, scratch)
     store_rows(job, first, n, kept)
+    return True
 
 
 cdef void log_softmax_rows(
@@ -216,67 +285,92 @@ cdef void log_softmax_rows(
     store_rows(job, first, n, kept)
 
 
-cdef void loss_rows(
+cdef bint loss_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
+    """As softmax_rows."""
     cdef real* kept = scratch + 2 * BLOCK
     cdef Rows r
     cdef int64_t index[LANES]
     cdef Py_ssize_t first = unit * job.group, n = rows_in_unit(job, unit)
-    reduce_rows(job, operation, first, n, &r, index, kept, scratch)
+    if not reduce_rows(job, operation, first, n, &r, index, kept, scratch):
+        return False
     scalar_step(job, operation, &r, n, kept[0])
     job.partial[unit] = deliver_losses(job, first, n, r.loss)
     if job.out != NULL:
         write_rows(job, first, n, &r, index, kept, scratch)
+    return True
 
 
-cdef inline void reduce_rows(
+cdef inline bint reduce_rows(
     const Job* job, Operation operation, Py_ssize_t first, Py_ssize_t n, Rows* r, int64_t* index,
     real* kept, real* scratch,
 ) noexcept nogil:
     """What the scalar step wants to know; kept receives exponentials.
 
-    The sum leaves out class `index`: the target, or, of soft targets, the maximum.
+    The sum leaves out class `index`: the target, or, of soft targets, the maximum. False as of
+    softmax_rows.
     """
-    cdef const char* x
-    cdef real* e
-    cdef real top = <real>0.0
     cdef Py_ssize_t i
-    cdef bint apart = needs_maximum(job, operation)
+    cdef bint apart = needs_maximum(job, operation), untamed
     if has_soft_target(operation):
         read_sample_weights(job, first, n, r)
     else:
         read_targets(job, first, n, index, r)
     if not apart:
-        top = exp_rows(job, first, n, kept, scratch)
-        take_targets(job, first, n, r, index, kept, scratch)
+        untamed = exp_rows_from_target(job, first, n, r, index, kept, scratch)
+        untamed_of(job, scratch)[0] = untamed
+        if not untamed or is_short(job):
+            return not untamed
     for i in range(n):
-        if r.row_weight[i] == 0.0:
+        if apart and r.row_weight[i] == 0.0:
             r.others[i] = r.target_logit[i] = r.gap[i] = r.mass[i] = r.top_mass[i] = 0.0
             r.maximum[i] = 0.0
             r.top[i] = r.target_exp[i] = 1.0
-        elif apart or not is_tame(
-            job, first + i, r.others[i] + r.target_exp[i], r.target_exp[i], top,
-            r.row_weight[i] * r.target_weight[i] * job.scale, scratch,
-        ):
+        elif apart or r.own[i]:
             reduce_row(job, operation, first + i, i, r, index, kept + i * job.num_classes, scratch)
+    return True
 
 
-cdef inline void take_targets(
+cdef inline bint exp_rows_from_target(
     const Job* job, Py_ssize_t first, Py_ssize_t n, Rows* r, const int64_t* index, real* kept,
     real* scratch,
 ) noexcept nogil:
-    """Take the targets out of the exponentials, and be their reference; sum up the rest."""
-    cdef Py_ssize_t C = job.num_classes, i
+    """Exponentials in common units, and sums of them; whether there are rows that are not for it."""
+    cdef Py_ssize_t i
     cdef const char* x
+    cdef bint untamed = are_hopeless(job, first, n, r, scratch)
+    if untamed:
+        for i in range(n):
+            r.others[i] = r.target_exp[i] = 1.0
+    else:
+        exp_rows(job, first, n, kept, scratch)
+        take_targets(job, n, r, index, kept)
+        sum_rows(job, n, kept, r.others)
+        untamed = find_untamed(r, n, job.scale, kept[0])
     for i in range(n):
-        x = row_of(job, job.logits, job.storage, first + i)
-        r.maximum[i] = r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
-        r.top[i] = r.target_exp[i] = kept[i * C + index[i]]
-        r.gap[i] = 0.0
-        kept[i * C + index[i]] = <real>0.0
+        r.maximum[i] = r.target_logit[i] = r.gap[i] = 0.0
+        r.top[i] = r.target_exp[i]
+    if job.options.z_loss != 0.0:
+        for i in range(n):
+            x = row_of(job, job.logits, job.storage, first + i)
+            r.maximum[i] = r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
+    return untamed
+
+
+cdef inline void take_targets(
+    const Job* job, Py_ssize_t n, Rows* r, const int64_t* index, real* kept
+) noexcept nogil:
+    """Take the targets out of the exponentials."""
+    cdef real target_exp[LANES]
+    cdef real* e
+    cdef Py_ssize_t i
     for i in range(n):
-        r.others[i] = sum_row(job, kept + i * C)
+        e = kept + i * job.num_classes + index[i]
+        target_exp[i] = e[0]
+        e[0] = 0
+    for i in range(n):
+        r.target_exp[i] = target_exp[i]
 
 
 cdef void reduce_row(
@@ -336,9 +430,24 @@ cdef inline void write_rows(
     const Job* job, Py_ssize_t first, Py_ssize_t n, const Rows* r, const int64_t* index, real* kept,
     real* scratch,
 ) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n):
-        write_row(job, first + i, i, r, index[i], kept + i * job.num_classes, scratch)
+    cdef real left_out[LANES]
+    cdef Py_ssize_t C = job.num_classes, i
+    cdef int dead = 0
+    if job.other != NULL or job.options.label_smoothing != 0.0:
+        for i in range(n):
+            write_row(job, first + i, i, r, index[i], kept + i * C, scratch)
+    else:
+        for i in range(n):
+            dead |= r.row_weight[i] == 0.0
+        if dead:
+            for i in range(n):
+                if r.row_weight[i] == 0.0:
+                    memset(kept + i * C, 0, C * sizeof(real))
+        scale_rows(job, n, kept, r.factor, scratch)
+        for i in range(n):
+            left_out[i] = <real>r.left_out[i]
+        for i in range(n):
+            kept[i * C + index[i]] = left_out[i]
     store_rows(job, first, n, kept)
 
 
@@ -354,10 +463,6 @@ cdef inline void write_row(
     cdef Py_ssize_t b, c, j, n, num_classes = job.num_classes
     if r.row_weight[i] == 0.0:
         memset(e, 0, num_classes * sizeof(real))
-        return
-    if job.other == NULL and spread == 0.0:
-        scale_row(e, num_classes, r.factor[i])
-        e[index] = <real>r.left_out[i]
         return
     f = narrow_factor(e, num_classes, r.factor[i])
     if job.other == NULL and job.weight == NULL:

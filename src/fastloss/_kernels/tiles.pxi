@@ -119,30 +119,28 @@ cdef inline void find_in_lanes(
         index[j] = k[j]
 
 
-cdef inline void take_units(Rows* r, double own) noexcept nogil:
+cdef inline void take_maxima(const Job* job, const real* tile, Rows* r) noexcept nogil:
+    cdef real maximum[LANES]
     cdef Py_ssize_t j
+    largest_in_lanes(job, tile, maximum)
     for j in range(LANES):
-        r.own[j] = own
-        r.maximum[j] = r.maximum[j] if own else 0.0
+        r.maximum[j] = maximum[j]
 
 
-cdef inline bint find_untamed(Rows* r, double scale, real unused) noexcept nogil:
-    """The lanes that common units are not for are to have their own; whether there are any."""
+cdef inline bint find_untamed(
+    Rows* r, Py_ssize_t n, double scale, real unused
+) noexcept nogil:
+    """The rows that common units are not for are to have their own; whether there are any."""
     cdef double weight
-    cdef int found = 0
-    cdef Py_ssize_t j
-    for j in range(LANES):
-        weight = r.row_weight[j] * r.target_weight[j] * scale
-        r.own[j] = (r.row_weight[j] != 0.0) & (not in_common_units(
-            r.others[j] + r.target_exp[j], r.target_exp[j], <real>r.maximum[j], weight))
-    for j in range(LANES):
-        found |= r.own[j] != 0.0
+    cdef int32_t own, found = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        weight = r.row_weight[i] * r.target_weight[i] * scale
+        own = (r.row_weight[i] != 0.0) & (not in_common_units(
+            r.others[i] + r.target_exp[i], r.target_exp[i], weight, unused))
+        r.own[i] = own
+        found |= own
     return found
-
-
-cdef inline bint adds_as_rows(const Job* job) noexcept nogil:
-    """Whether rows of so many classes, if these lie next to each other, are no tiles."""
-    return job.num_classes > SHORT_FLAT_ROW
 
 
 cdef inline void fold_parts(const real* parts, double* total) noexcept nogil:
@@ -160,11 +158,22 @@ cdef inline void fold_parts(const real* parts, double* total) noexcept nogil:
         total[i] = s[i] + s[i + LANES]
 
 
+cdef inline void fold_eight(real* parts, double* total) noexcept nogil:
+    """As sum_eight, of the parts of every lane."""
+    cdef Py_ssize_t i, half = 4
+    while half > 0:
+        for i in range(half * LANES):
+            parts[i] += parts[i + half * LANES]
+        half //= 2
+    for i in range(LANES):
+        total[i] = parts[i]
+
+
 cdef inline void exp_tile(
     const Job* job, Py_ssize_t first, const real* tile, const int32_t* index, real* e,
     bint as_rows, Rows* r,
 ) noexcept nogil:
-    """The exponentials e, and their sums; also the largest scores, NaN left aside.
+    """The exponentials e, in units of r.maximum or, by r.own, common ones, and their sums.
 
     The sums are without class index, whose exponential is apart; if as_rows, they are added up in
     the order of rows.pxi, so that bits do not depend on which axis the classes are. e may be the
@@ -175,7 +184,7 @@ cdef inline void exp_tile(
     cdef real pivot[LANES]
     cdef real magic[LANES]
     cdef real lowest[LANES]
-    cdef real largest[LANES]
+    cdef real highest[LANES]
     cdef real left_out[LANES]
     cdef real m
     cdef real line[LANES]
@@ -187,14 +196,15 @@ cdef inline void exp_tile(
     cdef Py_ssize_t later_step = (LANES if job.inner == 1 else job.inner) * size
     cdef const char* later = job.logits + size * (
         next // job.inner * job.num_classes * job.inner + next % job.inner)
-    cdef int32_t c
+    cdef int32_t c, among = CHUNK - 1 if adds_as_rows(job) else EIGHT - 1
+    cdef int32_t last = 0 if adds_as_rows(job) else <int32_t>job.num_classes
     cdef Py_ssize_t j
     for j in range(LANES):
-        m = <real>r.maximum[j]
-        pivot[j] = pivot_of(m) if r.own[j] else <real>0.0
+        m = <real>r.maximum[j] if r.own[j] else <real>0.0
+        pivot[j] = pivot_of(m)
         magic[j] = magic_of(m) if r.own[j] else common_magic(m)
         lowest[j] = lowest_of(magic[j])
-        largest[j] = <real>-INFINITY
+        highest[j] = <real>INFINITY if r.own[j] else highest_of(m)
         left_out[j] = 0
         hole[j] = index[j]
         lane[j] = 0
@@ -204,12 +214,11 @@ cdef inline void exp_tile(
     for c in range(<int32_t>job.num_classes):
         fetch(later + c * later_step, LANES * size)
         for j in range(LANES):
-            largest[j] = tile[c * step + j] if tile[c * step + j] > largest[j] else largest[j]
-        for j in range(LANES):
-            line[j] = exponential(tile[c * step + j], pivot[j], magic[j], lowest[j])
+            line[j] = exponential(
+                below(tile[c * step + j], highest[j]), pivot[j], magic[j], lowest[j])
         if as_rows:
             for j in range(LANES):
-                parts[c % CHUNK * LANES + j] += <real>0 if hole[j] == c else line[j]
+                parts[(c - last & among) * LANES + j] += <real>0 if hole[j] == c else line[j]
         else:
             for j in range(LANES):
                 lane[j] += <real>0 if hole[j] == c else line[j]
@@ -222,10 +231,11 @@ cdef inline void exp_tile(
             for j in range(LANES):
                 total[j] += lane[j]
                 lane[j] = 0
-    if as_rows:
+    if as_rows and adds_as_rows(job):
         fold_parts(parts, total)
+    elif as_rows:
+        fold_eight(parts, total)
     for j in range(LANES):
-        r.maximum[j] = largest[j]
         r.others[j] = total[j] + lane[j]
         r.target_exp[j] = left_out[j]
 
@@ -254,7 +264,40 @@ cdef inline real weight_of(const Job* job, Py_ssize_t c, real unused) noexcept n
     return <real>1.0 if job.weight == NULL else (<const real*>job.relative_weight)[c]
 
 
-cdef void softmax_tile(const Job* job, Py_ssize_t first, real* tile, real* e) noexcept nogil:
+cdef inline bint exp_tile_untamed(
+    const Job* job, Py_ssize_t first, real* tile, const int32_t* index, double scale, real* e,
+    Rows* r, int32_t* untamed,
+) noexcept nogil:
+    """exp_tile in common units, or, for rows that these are not for, in their own; whether there
+    are such rows. If the last unit had some, these are looked for beforehand, by their maxima."""
+    cdef real hopeless = hopeless_of(job.num_classes, tile[0])
+    cdef int32_t left = 0, found = 0
+    cdef int32_t own[LANES]
+    cdef Py_ssize_t j
+    for j in range(LANES):
+        own[j] = 0
+    if untamed[0]:
+        take_maxima(job, tile, r)
+        for j in range(LANES):
+            own[j] = is_hopeless(<real>r.maximum[j], hopeless)
+    for j in range(LANES):
+        r.own[j] = own[j]
+    exp_tile(job, first, tile, index, e, True, r)
+    find_untamed(r, LANES, scale, tile[0])
+    for j in range(LANES):
+        left |= r.own[j] & (own[j] ^ 1)
+        r.own[j] |= own[j]
+        found |= r.own[j]
+    if left:
+        take_maxima(job, tile, r)
+        exp_tile(job, first, tile, index, e, True, r)
+    untamed[0] = found
+    return found
+
+
+cdef void softmax_tile(
+    const Job* job, Py_ssize_t first, real* tile, real* e, int32_t* untamed
+) noexcept nogil:
     cdef Rows r
     cdef real inverse[LANES]
     cdef int32_t index[LANES]
@@ -262,12 +305,7 @@ cdef void softmax_tile(const Job* job, Py_ssize_t first, real* tile, real* e) no
     for j in range(LANES):
         index[j] = -1
         r.row_weight[j] = r.target_weight[j] = 1.0
-    take_units(&r, False)
-    exp_tile(job, first, tile, index, e, adds_as_rows(job), &r)
-    for j in range(LANES):
-        r.target_exp[j] = r.others[j]
-    if find_untamed(&r, 1.0, tile[0]):
-        exp_tile(job, first, tile, index, e, adds_as_rows(job), &r)
+    exp_tile_untamed(job, first, tile, index, 1.0, e, &r, untamed)
     for j in range(LANES):
         inverse[j] = <real>(1.0 / r.others[j])
     for c in range(job.num_classes):
@@ -307,12 +345,13 @@ cdef void log_softmax_tile(
 
 
 cdef void loss_tile(
-    const Job* job, Operation operation, Py_ssize_t first, real* tile, real* other
+    const Job* job, Operation operation, Py_ssize_t first, real* tile, real* other,
+    int32_t* untamed,
 ) noexcept nogil:
     cdef Rows r
     cdef int32_t index[LANES]
     cdef Py_ssize_t n = min(job.rows - first, <Py_ssize_t>LANES)
-    reduce_tile(job, operation, first, n, &r, index, tile, other)
+    reduce_tile(job, operation, first, n, &r, index, tile, other, untamed)
     scalar_step(job, operation, &r, LANES, tile[0])
     job.partial[first // LANES] = deliver_losses(job, first, n, r.loss)
     if job.out == NULL:
@@ -323,7 +362,7 @@ cdef void loss_tile(
 
 cdef inline void reduce_tile(
     const Job* job, Operation operation, Py_ssize_t first, Py_ssize_t n, Rows* r, int32_t* index,
-    real* tile, real* other,
+    real* tile, real* other, int32_t* untamed,
 ) noexcept nogil:
     """As reduce_rows. Exponentials go into `other`; in units of the rows' own, as soft targets want
     them, which lie there, they take the place of the scores."""
@@ -349,7 +388,7 @@ cdef inline void reduce_tile(
         take_target_logits(job, tile, index, r)
         exp_tile_from_maximum(job, first, tile, maximum, index, tile, r)
     else:
-        exp_tile_from_target(job, first, tile, index, other, r)
+        exp_tile_from_target(job, first, tile, index, other, r, untamed)
 
 
 cdef inline void take_target_logits(
@@ -368,22 +407,18 @@ cdef inline void exp_tile_from_maximum(
     cdef Py_ssize_t j
     for j in range(LANES):
         r.maximum[j] = maximum[j]
-    take_units(r, True)
+        r.own[j] = 1
     exp_tile(job, first, tile, index, e, False, r)
     add_exponentials(r, LANES, tile[0])
 
 
 cdef inline void exp_tile_from_target(
-    const Job* job, Py_ssize_t first, real* tile, const int32_t* index, real* e, Rows* r
+    const Job* job, Py_ssize_t first, real* tile, const int32_t* index, real* e, Rows* r,
+    int32_t* last,
 ) noexcept nogil:
-    """exp_tile in common units, with the target as what others are related to, where that does."""
-    cdef bint untamed
+    """exp_tile_untamed, with the target as what others are related to, where that does."""
+    cdef bint untamed = exp_tile_untamed(job, first, tile, index, job.scale, e, r, last)
     cdef Py_ssize_t j
-    take_units(r, False)
-    exp_tile(job, first, tile, index, e, adds_as_rows(job), r)
-    untamed = find_untamed(r, job.scale, tile[0])
-    if untamed:
-        exp_tile(job, first, tile, index, e, adds_as_rows(job), r)
     if untamed or job.options.z_loss != 0.0:
         take_target_logits(job, tile, index, r)
     else:
@@ -511,6 +546,7 @@ cdef void tile_unit(
 ) noexcept nogil:
     cdef real* tile = tile_of(job, scratch)
     cdef real* other = other_tile_of(job, scratch)
+    cdef int32_t* untamed = untamed_of(job, scratch)
     cdef Py_ssize_t i, lane, first = unit * job.group
     load_tiles(job, job.storage, job.logits, unit, tile, scratch)
     if job.other != NULL:
@@ -518,12 +554,27 @@ cdef void tile_unit(
     for i in range((rows_in_unit(job, unit) + LANES - 1) // LANES):
         lane = i * LANES
         if operation == SOFTMAX:
-            softmax_tile(job, first + lane, tile + lane, other + lane)
+            softmax_tile(job, first + lane, tile + lane, other + lane, untamed)
         elif operation == LOG_SOFTMAX or operation == LOGSUMEXP:
             log_softmax_tile(job, operation, first + lane, tile + lane, scratch)
         elif is_backward(operation):
             backward_tile(job, operation, tile + lane, other + lane)
         else:
-            loss_tile(job, operation, first + lane, tile + lane, other + lane)
+            loss_tile(job, operation, first + lane, tile + lane, other + lane, untamed)
     if job.out != NULL and writes_rows(operation):
         store_tiles(job, unit, tile, scratch)
+
+
+cdef inline void short_unit(
+    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+) noexcept nogil:
+    """Short rows as one run, or, where some need units of their own, as a tile."""
+    cdef int32_t* untamed = untamed_of(job, scratch)
+    cdef bint done = False
+    if not untamed[0]:
+        if operation == SOFTMAX:
+            done = softmax_rows(job, unit, scratch)
+        else:
+            done = loss_rows(job, operation, unit, scratch)
+    if not done:
+        tile_unit(job, operation, unit, scratch)

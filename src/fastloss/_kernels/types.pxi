@@ -24,10 +24,11 @@ cdef enum:
     # Classes of a row that are taken at a time: as many partial sums and maxima, which the compiler
     # keeps in two zmm or four ymm registers.
     CHUNK = 32
+    EIGHT = 8  # partial sums of a short row
     BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
     RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
-    SHORT_ROW = 300  # rows of at most so many classes go into tiles, samples in the SIMD lanes
-    SHORT_FLAT_ROW = 47  # and of so many, where exponentials do not care where a row ends
+    SHORT_ROW = 300  # rows of at most so many classes go into tiles, unless is_flat
+    SHORT_FLAT_ROW = 47  # rows of so many are added up in eights, several at a time
     GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
     TURN = 16  # classes of columns that are turned into rows at a time
     TURNED = 16777216  # elements of the columns in a unit of work, at most LANES of them
@@ -134,6 +135,11 @@ cdef inline bint is_flat(const Job* job, Operation operation) noexcept nogil:
         operation == CROSS_ENTROPY and not needs_maximum(job, operation))
 
 
+cdef inline bint adds_as_rows(const Job* job) noexcept nogil:
+    """Whether a row is added up in chunks, and not in eights."""
+    return job.num_classes > SHORT_FLAT_ROW
+
+
 cdef inline Py_ssize_t rows_in_unit(const Job* job, Py_ssize_t unit) noexcept nogil:
     return min(job.group, job.rows - unit * job.group)
 
@@ -154,7 +160,7 @@ cdef struct Rows:
     double gap[LANES]  # sum of w_c (maximum - x_c)
     double mass[LANES]  # of soft targets: sum of w_c t_c, all classes but the maximum's
     double top_mass[LANES]  # of soft targets: w_k t_k at the maximum's class k
-    double own[LANES]  # whether exponentials are in units of the row's maximum
+    int32_t own[LANES]  # whether exponentials are in units of the row's maximum
     # On the way: the exponentials of the maximum and of the target, and log sum exp(x - maximum).
     double top[LANES]
     double target_exp[LANES]
