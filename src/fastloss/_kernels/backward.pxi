@@ -129,7 +129,8 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
     cdef real shrink[LANES]
     cdef real lane[LANES]
     cdef double total[LANES]
-    cdef double unit_m
+    cdef double unit_m[LANES]
+    cdef int huge = 0, above = 0
     cdef Py_ssize_t c, j, step = job.step
     for j in range(LANES):
         lane[j] = 0
@@ -153,6 +154,9 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
         for j in range(LANES):
             maximum[j] = reference_above(maximum[j])
     for j in range(LANES):
+        huge |= is_huge(total[j], lane[j])
+        above |= maximum[j] > 0
+    for j in range(LANES if huge else 0):
         if is_huge(total[j], lane[j]):
             # The result takes the place of g, and what follows leaves that alone.
             total[j] = huge_sum(operation, g + j, p + j, step, job.num_classes)
@@ -162,12 +166,15 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
                 for c in range(job.num_classes):
                     p[c * step + j] = 1
             total[j] = 0.0
+    for j in range(LANES):
         f[j] = <real>total[j]
+        unit_m[j] = unit_of(<real>0.0)
+    for j in range(LANES if above else 0):
+        unit_m[j] = unit_of(maximum[j])
     if operation == LOG_SOFTMAX_BACKWARD:
         for j in range(LANES):
-            unit_m = unit_of(maximum[j])
-            shrink[j] = shrink_for(total[j] * unit_m, maximum[j])
-            f[j] = <real>(total[j] / shrink[j] * unit_m)
+            shrink[j] = shrink_for(total[j] * unit_m[j], maximum[j])
+            f[j] = <real>(total[j] / shrink[j] * unit_m[j])
             pivot[j] = pivot_of(maximum[j])
             magic[j] = magic_of(maximum[j])
             lowest[j] = lowest_of(magic[j])
