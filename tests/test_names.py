@@ -35,7 +35,7 @@ ALONE = {
         "is_backward", "is_nll", "has_losses", "has_soft_target", "writes_rows", "needs_maximum",
         "is_flat",
     },
-    "Cython takes rows of 48 classes and more as rows where they are, Numba from 301 on": {
+    "Cython adds up rows of 129 classes and more as long rows where they are, Numba from 301 on": {
         "adds_as_rows", "fold_parts",
     },
     "Cython tells a tame row by its sum alone, Numba by its maximum, too": {

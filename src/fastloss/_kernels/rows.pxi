@@ -197,11 +197,12 @@ cdef inline bint are_hopeless(
     const Job* job, Py_ssize_t first, Py_ssize_t n, Rows* r, real* scratch
 ) noexcept nogil:
     """Whether all rows that count need units of their own, by their maxima: if there is a chance."""
-    cdef real hopeless = hopeless_of(job.num_classes, scratch[0])
+    cdef real hopeless
     cdef bint result = True
     cdef Py_ssize_t i
     if not untamed_of(job, scratch)[0]:
         return False
+    hopeless = hopeless_of(job.num_classes, scratch[0])
     largest_of_rows(job, first, n, r, scratch)
     for i in range(n):
         r.own[i] = r.row_weight[i] != 0.0

@@ -270,7 +270,7 @@ cdef inline bint exp_tile_untamed(
 ) noexcept nogil:
     """exp_tile in common units, or, for rows that these are not for, in their own; whether there
     are such rows. If the last unit had some, these are looked for beforehand, by their maxima."""
-    cdef real hopeless = hopeless_of(job.num_classes, tile[0])
+    cdef real hopeless
     cdef int32_t left = 0, found = 0
     cdef int32_t own[LANES]
     cdef Py_ssize_t j
@@ -278,6 +278,7 @@ cdef inline bint exp_tile_untamed(
         own[j] = 0
     if untamed[0]:
         take_maxima(job, tile, r)
+        hopeless = hopeless_of(job.num_classes, tile[0])
         for j in range(LANES):
             own[j] = is_hopeless(<real>r.maximum[j], hopeless)
     for j in range(LANES):

@@ -28,7 +28,7 @@ cdef enum:
     BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
     RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
     SHORT_ROW = 300  # rows of at most so many classes go into tiles, unless is_flat
-    SHORT_FLAT_ROW = 47  # rows of so many are added up in eights, several at a time
+    SHORT_FLAT_ROW = 128  # rows of so many are added up in eights, several at a time
     GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
     TURN = 16  # classes of columns that are turned into rows at a time
     TURNED = 16777216  # elements of the columns in a unit of work, at most LANES of them
