@@ -39,7 +39,7 @@ ALONE = {
         "adds_as_rows", "fold_parts",
     },
     "Cython tells a tame row by its sum alone, Numba by its maximum, too": {
-        "highest_of", "below", "tame_of", "is_tame",
+        "highest_of", "below", "bound", "tame_of", "is_tame",
     },
     "Cython looks for maxima first where the rows before needed them": {
         "hopeless_of", "is_hopeless", "are_hopeless", "untamed_of", "take_maxima",

@@ -23,8 +23,9 @@ which is exact as long as nothing overflows and what counts is no subnormal numb
 taken in one run of many rows, wherever each ends. A row that is not so tame has units of its own, a
 power of two near its maximum. Which of the two it is the row decides by itself, by its own scores
 and weight (in_common_units), so that its bits do not depend on what is around it: what would
-overflow is cut off, and shows in the sum. Where smoothing
-or soft targets ask how far all scores are from the maximum, rows have their own units.
+overflow is cut off, and shows in the sum. Only the way there depends on the rows before.
+Where smoothing or soft targets ask how far all scores are from the maximum, rows have their own
+units.
 
 The sum leaves one class out (the target, or the maximum), which is what makes small losses exact.
 Where units are common, others are related to the target itself: a loss is log1p(others / e_y).
@@ -32,10 +33,10 @@ Where units are common, others are related to the target itself: a loss is log1p
 
 The hot loops are those over CHUNK or LANES in largest, exp_run, exp_block, exp_tile, write_tile and
 transpose, sum_eight and scale_sixteen, and those of scale_row, plain_step and cross_entropy_step.
-In the assembly (objdump -d)
-they must be straight runs of packed instructions, zmm registers in the v4 build and ymm in v3,
-without a call, a scalar instruction or a gather.  exp_run is bound by its 10 multiplications and
-comparisons per vector; all else must hide behind them.
+In the assembly (objdump -d) they must be straight runs of packed instructions, zmm registers in the
+v4 build and ymm in v3, without a call, a scalar instruction or a gather.  exp_run is bound by its
+10 multiplications per vector, its minimum and maximum being one instruction each; all else must
+hide behind them.
 """
 
 cimport numpy as cnp

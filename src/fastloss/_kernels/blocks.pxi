@@ -53,6 +53,10 @@ cdef inline bint holds_nan(const real* x, Py_ssize_t step, Py_ssize_t n) noexcep
     return count > 0
 
 
+cdef inline real bound(real x) noexcept nogil:
+    return fl_bound_f(x) if real is float else fl_bound_d(x)
+
+
 cdef inline real below(real x, real highest) noexcept nogil:
     return fl_smaller_f(highest, x) if real is float else fl_smaller_d(highest, x)
 
@@ -66,7 +70,8 @@ cdef inline void exp_run(
     """
     cdef real value[CHUNK]
     cdef real rest[CHUNK]
-    cdef real magic = common_magic(x[0]), lowest = lowest_of(magic), highest = highest_of(magic)
+    cdef real magic = common_magic(x[0]), lowest = bound(lowest_of(magic))
+    cdef real highest = bound(highest_of(magic))
     cdef const real* source
     cdef Py_ssize_t chunk, j, whole = n // CHUNK
     if whole * CHUNK < n:

@@ -80,6 +80,16 @@ static inline double fl_larger_d(double a, double b) { return a > b ? a : b; }
 static inline float fl_smaller_f(float a, float b) { return a < b ? a : b; }
 static inline double fl_smaller_d(double a, double b) { return a < b ? a : b; }
 
+/* A constant that GCC takes for a variable: of one it would not know that both are the same number,
+   and compare and blend. */
+#if defined(__GNUC__) && defined(__SSE2__)
+static inline float fl_bound_f(float x) { __asm__("" : "+x"(x)); return x; }
+static inline double fl_bound_d(double x) { __asm__("" : "+x"(x)); return x; }
+#else
+static inline float fl_bound_f(float x) { return x; }
+static inline double fl_bound_d(double x) { return x; }
+#endif
+
 /* Results do not depend on a flush of denormals, or a rounding mode, that somebody set: the mode in
    which to compute, set in place of the caller's, which is returned. */
 #define FL_IEEE_MODE 0x1f80
@@ -259,9 +269,9 @@ FL_FOLD(fl_sum_d, fl_max_d, double, int64_t)
 FL_TRANSPOSE(fl_transpose_f, float)
 FL_TRANSPOSE(fl_transpose_d, double)
 
-/* The sums of eight rows of n numbers that follow each other: of each the numbers at distance 8, the
-   last of which goes to the eighth sum, then these eight, by halves. Reads up to seven numbers before
-   the rows. */
+/* The sums of eight rows of n numbers that follow each other: of each the numbers at distance 8,
+   the last of which goes to the eighth sum, then these eight, by halves. Reads up to seven numbers
+   before the rows. */
 #if defined(FL_SHUFFLE)
 #define FL_SUM_ROWS(NAME, REAL, INT) \
     typedef REAL NAME##_v __attribute__((vector_size(8 * sizeof(REAL)))); \

@@ -22,6 +22,8 @@ cdef extern from "machine.h":
     double fl_larger_d(double, double) noexcept nogil
     float fl_smaller_f(float, float) noexcept nogil
     double fl_smaller_d(double, double) noexcept nogil
+    float fl_bound_f(float) noexcept nogil
+    double fl_bound_d(double) noexcept nogil
     float fl_no_dust_f(float) noexcept nogil
     double fl_no_dust_d(double) noexcept nogil
 

@@ -138,7 +138,9 @@ cdef inline double sum_row(const Job* job, const real* e) noexcept nogil:
     return total
 
 
-cdef inline void sum_rows(const Job* job, Py_ssize_t n, const real* e, double* total) noexcept nogil:
+cdef inline void sum_rows(
+    const Job* job, Py_ssize_t n, const real* e, double* total
+) noexcept nogil:
     cdef real sums[LANES]
     cdef Py_ssize_t C = job.num_classes, i
     if adds_as_rows(job):
@@ -196,7 +198,7 @@ cdef inline void scale_rows(
 cdef inline bint are_hopeless(
     const Job* job, Py_ssize_t first, Py_ssize_t n, Rows* r, real* scratch
 ) noexcept nogil:
-    """Whether all rows that count need units of their own, by their maxima: if there is a chance."""
+    """Whether all rows that count need units of their own, by their maxima; asked on suspicion."""
     cdef real hopeless
     cdef bint result = True
     cdef Py_ssize_t i
@@ -337,7 +339,7 @@ cdef inline bint exp_rows_from_target(
     const Job* job, Py_ssize_t first, Py_ssize_t n, Rows* r, const int64_t* index, real* kept,
     real* scratch,
 ) noexcept nogil:
-    """Exponentials in common units, and sums of them; whether there are rows that are not for it."""
+    """Exponentials in common units, and sums of them; whether there are rows they are not for."""
     cdef Py_ssize_t i
     cdef const char* x
     cdef bint untamed = are_hopeless(job, first, n, r, scratch)
