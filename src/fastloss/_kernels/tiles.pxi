@@ -158,9 +158,9 @@ cdef inline void fold_parts(const real* parts, double* total) noexcept nogil:
         total[i] = s[i] + s[i + LANES]
 
 
-cdef inline void fold_eight(real* parts, double* total) noexcept nogil:
-    """As sum_eight, of the parts of every lane."""
-    cdef Py_ssize_t i, half = 4
+cdef inline void fold_eight(real* parts, Py_ssize_t n, double* total) noexcept nogil:
+    """As sum_eight, of the n parts of every lane."""
+    cdef Py_ssize_t i, half = n // 2
     while half > 0:
         for i in range(half * LANES):
             parts[i] += parts[i + half * LANES]
@@ -196,7 +196,7 @@ cdef inline void exp_tile(
     cdef Py_ssize_t later_step = (LANES if job.inner == 1 else job.inner) * size
     cdef const char* later = job.logits + size * (
         next // job.inner * job.num_classes * job.inner + next % job.inner)
-    cdef int32_t c, among = CHUNK - 1 if adds_as_rows(job) else EIGHT - 1
+    cdef int32_t c, among = CHUNK if adds_as_rows(job) else EIGHT
     cdef int32_t last = 0 if adds_as_rows(job) else <int32_t>job.num_classes
     cdef Py_ssize_t j
     for j in range(LANES):
@@ -209,8 +209,10 @@ cdef inline void exp_tile(
         hole[j] = index[j]
         lane[j] = 0
         total[j] = 0.0
+    while among >= 2 * job.num_classes:  # the rest would be zeros
+        among //= 2
     if as_rows:
-        memset(parts, 0, CHUNK * LANES * sizeof(real))
+        memset(parts, 0, among * LANES * sizeof(real))
     for c in range(<int32_t>job.num_classes):
         fetch(later + c * later_step, LANES * size)
         for j in range(LANES):
@@ -218,7 +220,7 @@ cdef inline void exp_tile(
                 below(tile[c * step + j], highest[j]), pivot[j], magic[j], lowest[j])
         if as_rows:
             for j in range(LANES):
-                parts[(c - last & among) * LANES + j] += <real>0 if hole[j] == c else line[j]
+                parts[(c - last & among - 1) * LANES + j] += <real>0 if hole[j] == c else line[j]
         else:
             for j in range(LANES):
                 lane[j] += <real>0 if hole[j] == c else line[j]
@@ -234,7 +236,7 @@ cdef inline void exp_tile(
     if as_rows and adds_as_rows(job):
         fold_parts(parts, total)
     elif as_rows:
-        fold_eight(parts, total)
+        fold_eight(parts, among, total)
     for j in range(LANES):
         r.others[j] = total[j] + lane[j]
         r.target_exp[j] = left_out[j]
