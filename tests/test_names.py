@@ -31,6 +31,9 @@ ALONE = {
     "sums of soft targets: one loop in Cython, two reductions in Numba": {
         "soft_block", "soft_gap", "soft_mass",
     },
+    "Numba is told by None what is not given, and does not compile what asks for it": {
+        "asks_all_scores", "label_smoothing_of", "z_loss_of",
+    },
     "Numba is told the operation when it compiles: there is a share for each": {
         "is_backward", "is_nll", "has_losses", "has_soft_target", "writes_rows", "needs_maximum",
         "is_flat",

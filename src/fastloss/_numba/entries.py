@@ -12,8 +12,8 @@ from fastloss import _threads
 from fastloss._contract import Labels, Options, TargetCheck
 from fastloss._numba.backward import backward_rows, backward_tile
 from fastloss._numba.columns import load_columns, rows_of, rows_to, store_columns, turned_numbers
-from fastloss._numba.jit import entry, inline
-from fastloss._numba.losses import deliver_losses, scalar_step
+from fastloss._numba.jit import entry, inline, spliced, typed
+from fastloss._numba.losses import asks_all_scores, deliver_losses, is_plain, scalar_step
 from fastloss._numba.machine import (
     IEEE,
     borrow,
@@ -93,107 +93,147 @@ def share_of(units, thread, threads):
     return range(units * thread // threads, units * (thread + 1) // threads)
 
 
-@inline
-def load_unit(x, tile, buffer, turned, first, n, storage, plan):
-    if plan.layout == TILES:
+@typed
+def own_of(arrays, thread):
+    """What is a thread's own of an array for all, or None."""
+    if arrays == types.none:
+        return lambda arrays, thread: None
+    return lambda arrays, thread: borrow(arrays[thread])
+
+
+@typed
+def scratch_of(tiles, rows, thread):
+    if rows == types.none:
+        return lambda tiles, rows, thread: borrow(tiles[thread])
+    return lambda tiles, rows, thread: borrow(rows[thread])
+
+
+@typed
+def options_of(options):
+    """Options by name again."""
+    if options == types.none:
+        return lambda options: None
+    return lambda options: Options(*options)
+
+
+@spliced
+def load_unit(x, tiles, turned, tile, buffer, own_turned, first, n, storage, plan):
+    if tiles is not None:
         load_tiles(x, tile, buffer, first, n, storage, plan)
-    elif plan.layout == COLUMNS:
-        load_columns(x, turned, first, n, plan)
+    if turned is not None:
+        load_columns(x, own_turned, first, n, plan)
 
 
-@inline
-def store_unit(out, tile, turned, scratch, r, first, n, plan):
-    if plan.layout == TILES:
+@spliced
+def store_unit(out, tiles, turned, tile, own_turned, scratch, r, first, n, plan):
+    if tiles is not None:
         store_tiles(out, tile, scratch, r, first, n, plan)
-    elif plan.layout == COLUMNS:
-        store_columns(out, turned, scratch, r, first, n, plan)
+    if turned is not None:
+        store_columns(out, own_turned, scratch, r, first, n, plan)
 
 
 @entry
-def softmax_share(x, out, plan, scratch, fields, turned, units, thread, threads):
+def softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, threads):
     mode = set_float_mode(IEEE)
     plan = Plan(*plan)
-    x, out, turned = borrow(x), borrow(out), borrow(turned[thread])
-    x_rows, out_rows = rows_of(x, turned, plan.layout), rows_to(out, turned, plan.layout)
-    r, own = borrow(fields[thread]), borrow(scratch[thread])
-    buffer, tile, other = tile_scratch(own, plan)
+    x, out = borrow(x), borrow(out)
+    r, scratch, own_turned = (
+        own_of(fields, thread),
+        scratch_of(tiles, rows, thread),
+        own_of(turned, thread),
+    )
+    buffer, tile, other = tile_scratch(own_of(tiles, thread), plan)
+    x_rows, out_rows = rows_of(x, own_turned), rows_to(out, own_turned)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
-        load_unit(x, tile, buffer, turned, first, last - first, plan.storage, plan)
+        load_unit(
+            x, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
+        )
         for start in range(first, last, plan.summed):
             n = min(plan.summed, last - start)
             lane = start - first
-            row = lane if plan.layout == COLUMNS else start
-            if plan.layout == TILES:
+            if tiles is not None:
                 softmax_tile(tile[lane:], other[lane:], r, x, start + plan.group, plan)
-            else:
-                softmax_rows(x_rows, out_rows, r, own, row, n, plan)
-        store_unit(out, tile, turned, own, r, first, last - first, plan)
-    flush_carries(out, r, own)
+            if rows is not None:
+                row = lane if plan.layout == COLUMNS else start
+                softmax_rows(x_rows, out_rows, r, scratch, row, n, plan)
+        store_unit(out, tiles, turned, tile, own_turned, scratch, r, first, last - first, plan)
+    flush_carries(out, r, scratch)
     end_stream()
     set_float_mode(mode)
 
 
 @entry
-def log_softmax_share(x, out, plan, scratch, fields, turned, units, thread, threads):
+def log_softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, threads):
     """log_softmax and logsumexp."""
     mode = set_float_mode(IEEE)
     plan = Plan(*plan)
-    x, out, turned = borrow(x), borrow(out), borrow(turned[thread])
-    x_rows, out_rows = rows_of(x, turned, plan.layout), rows_to(out, turned, plan.layout)
-    r, own = borrow(fields[thread]), borrow(scratch[thread])
-    buffer, tile, _ = tile_scratch(own, plan)
+    x, out = borrow(x), borrow(out)
+    r, scratch, own_turned = (
+        own_of(fields, thread),
+        scratch_of(tiles, rows, thread),
+        own_of(turned, thread),
+    )
+    buffer, tile, _ = tile_scratch(own_of(tiles, thread), plan)
+    x_rows, out_rows = rows_of(x, own_turned), rows_to(out, own_turned)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
-        load_unit(x, tile, buffer, turned, first, last - first, plan.storage, plan)
+        load_unit(
+            x, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
+        )
         for start in range(first, last, plan.summed):
             n = min(plan.summed, last - start)
-            row = start - first if plan.layout == COLUMNS else start
-            if plan.layout == TILES:
+            if tiles is not None:
                 log_softmax_tile(tile[start - first :], r, x, start + plan.group, plan)
-            else:
-                log_softmax_rows(x_rows, out_rows, r, own, row, n, plan)
+            if rows is not None:
+                row = start - first if plan.layout == COLUMNS else start
+                log_softmax_rows(x_rows, out_rows, r, scratch, row, n, plan)
             if plan.operation == LOGSUMEXP:
                 for i in range(n):
-                    buffer[i] = r[MAXIMUM + i] + r[LOG_SUM + i]
-                store(out, start, buffer[:n], plan.storage, False)
+                    scratch[i] = r[MAXIMUM + i] + r[LOG_SUM + i]
+                store(out, start, scratch[:n], plan.storage, False)
         if plan.operation == LOG_SOFTMAX:
-            store_unit(out, tile, turned, own, r, first, last - first, plan)
-    flush_carries(out, r, own)
+            store_unit(out, tiles, turned, tile, own_turned, scratch, r, first, last - first, plan)
+    flush_carries(out, r, scratch)
     end_stream()
     set_float_mode(mode)
 
 
 @entry
-def backward_share(g, p, out, plan, scratch, fields, turned, turned_g, units, thread, threads):
+def backward_share(g, p, out, plan, tiles, rows, turned, turned_g, fields, units, thread, threads):
     mode = set_float_mode(IEEE)
     plan = Plan(*plan)
     g, p, out = borrow(g), borrow(p), borrow(out)
-    turned, turned_g = borrow(turned[thread]), borrow(turned_g[thread])
-    p_rows, out_rows = rows_of(p, turned, plan.layout), rows_to(out, turned, plan.layout)
-    g_rows = rows_of(g, turned_g, plan.layout)
-    r, own = borrow(fields[thread]), borrow(scratch[thread])
-    buffer, tile, upstreams = tile_scratch(own, plan)
+    r, scratch = own_of(fields, thread), scratch_of(tiles, rows, thread)
+    own_turned, own_turned_g = own_of(turned, thread), own_of(turned_g, thread)
+    buffer, tile, upstreams = tile_scratch(own_of(tiles, thread), plan)
+    p_rows, out_rows = rows_of(p, own_turned), rows_to(out, own_turned)
+    g_rows = rows_of(g, own_turned_g)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
-        load_unit(p, tile, buffer, turned, first, last - first, plan.storage, plan)
-        load_unit(g, upstreams, buffer, turned_g, first, last - first, plan.other_storage, plan)
+        load_unit(
+            p, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
+        )
+        load_unit(
+            g, tiles, turned, upstreams, buffer, own_turned_g, first, last - first,
+            plan.other_storage, plan,
+        )  # fmt: skip
         for start in range(first, last, plan.summed):
             n = min(plan.summed, last - start)
             lane = start - first
-            row = lane if plan.layout == COLUMNS else start
-            if plan.layout == TILES:
+            if tiles is not None:
                 backward_tile(tile[lane:], upstreams[lane:], r, plan)
-            else:
-                backward_rows(g_rows, p_rows, out_rows, r, own, row, n, plan)
-        store_unit(out, tile, turned, own, r, first, last - first, plan)
-    flush_carries(out, r, own)
+            if rows is not None:
+                row = lane if plan.layout == COLUMNS else start
+                backward_rows(g_rows, p_rows, out_rows, r, scratch, row, n, plan)
+        store_unit(out, tiles, turned, tile, own_turned, scratch, r, first, last - first, plan)
+    flush_carries(out, r, scratch)
     end_stream()
     set_float_mode(mode)
 
@@ -201,85 +241,88 @@ def backward_share(g, p, out, plan, scratch, fields, turned, turned_g, units, th
 @entry
 def cross_entropy_share(
     x, target, soft, weight, sample_weight, relative_weight, largest_weight, weight_sum, plan,
-    options, scale, losses, out, scratch, fields, turned, turned_soft, partial, units, thread,
-    threads,
+    ignore_index, options, scale, losses, out, tiles, rows, turned, turned_soft, fields, partial,
+    units, thread, threads,
 ):  # fmt: skip
-    """Of indices, or of soft targets: the other is None, which is known before types are."""
+    """Of indices, or of soft targets: the other is None; so are options where they are plain."""
     mode = set_float_mode(IEEE)
-    plan, options = Plan(*plan), Options(*options)
-    x, out, turned = borrow(x), borrow(out), borrow(turned[thread])
-    x_rows, out_rows = rows_of(x, turned, plan.layout), rows_to(out, turned, plan.layout)
-    turned_soft = borrow(turned_soft[thread])
-    soft_rows = rows_of(borrow(soft), turned_soft, plan.layout)
-    r, own = borrow(fields[thread]), borrow(scratch[thread])
-    buffer, tile, other = tile_scratch(own, plan)
-    tiled = plan.layout == TILES
-    in_place = soft is not None or options.label_smoothing != 0.0
+    plan = Plan(*plan)
+    given = options_of(options)
+    x, out, soft_scores = borrow(x), borrow(out), borrow(soft)
+    r, scratch = own_of(fields, thread), scratch_of(tiles, rows, thread)
+    own_turned, own_turned_soft = own_of(turned, thread), own_of(turned_soft, thread)
+    buffer, tile, other = tile_scratch(own_of(tiles, thread), plan)
+    x_rows, out_rows = rows_of(x, own_turned), rows_to(out, own_turned)
+    soft_rows = rows_of(soft_scores, own_turned_soft)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
-        load_unit(x, tile, buffer, turned, first, last - first, plan.storage, plan)
+        load_unit(
+            x, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
+        )
         if soft is not None:
             load_unit(
-                borrow(soft), other, buffer, turned_soft, first, last - first,
+                soft_scores, tiles, turned, other, buffer, own_turned_soft, first, last - first,
                 plan.other_storage, plan,
             )  # fmt: skip
         for start in range(first, last, plan.summed):
             n = min(plan.summed, last - start)
-            row = start - first if plan.layout == COLUMNS else start
-            own_tile, own_other = tile[start - first :], other[start - first :]
-            own_soft = unless_none(soft, own_other)
             if target is not None:
                 read_targets(
-                    r, target, weight, sample_weight, start, n, plan.num_classes, options,
-                    largest_weight,
+                    r, target, weight, sample_weight, start, n, plan.num_classes, ignore_index,
+                    given, largest_weight,
                 )  # fmt: skip
             if soft is not None:
                 read_sample_weights(r, sample_weight, start, n)
-            if tiled:
+            if tiles is not None:
+                own_tile, own_other = tile[start - first :], other[start - first :]
+                own_soft = unless_none(soft, own_other)
                 reduce_tile(
-                    own_tile, own_other, own_soft, r, n, x, start + plan.group, plan,
-                    relative_weight, largest_weight, options, scale,
+                    own_tile, own_other, target, own_soft, r, n, x, start + plan.group, plan,
+                    relative_weight, largest_weight, given, scale,
                 )  # fmt: skip
-            else:
+            if rows is not None:
+                row = start - first if plan.layout == COLUMNS else start
                 reduce_rows(
-                    x_rows, soft_rows, r, own, row, n, plan, relative_weight, largest_weight,
-                    options, scale,
+                    x_rows, target, soft_rows, r, scratch, row, n, plan, relative_weight,
+                    largest_weight, given, scale,
                 )  # fmt: skip
-            scalar_step(
-                target, soft, r, LANES if tiled else n, plan, options, scale, weight_sum, own
-            )
-            partial[start // plan.summed] = deliver_losses(r, n, losses, start, own)
-            if out.size and tiled:
+            count = LANES if plan.layout == TILES else n
+            scalar_step(soft, r, count, plan, given, scale, weight_sum, scratch)
+            partial[start // plan.summed] = deliver_losses(r, n, losses, start, scratch)
+            if out.size and tiles is not None:
+                exponentials = own_tile if asks_all_scores(own_soft, given) else own_other
                 write_tile(
-                    own_tile if in_place else own_other, own_tile, own_soft, r, plan,
-                    relative_weight, largest_weight, options,
+                    exponentials, own_tile, own_soft, r, plan, relative_weight, largest_weight,
+                    given,
                 )  # fmt: skip
-            elif out.size:
+            if out.size and rows is not None:
                 write_rows(
-                    out_rows, soft_rows, r, own, row, n, plan, relative_weight, largest_weight,
-                    options,
+                    out_rows, soft_rows, r, scratch, row, n, plan, relative_weight,
+                    largest_weight, given,
                 )  # fmt: skip
         if out.size:
-            store_unit(out, tile, turned, own, r, first, last - first, plan)
-    flush_carries(out, r, own)
+            store_unit(out, tiles, turned, tile, own_turned, scratch, r, first, last - first, plan)
+    flush_carries(out, r, scratch)
     end_stream()
     set_float_mode(mode)
 
 
 @entry
 def nll_share(
-    log_probs, target, weight, sample_weight, plan, options, losses, scratch, fields, partial,
+    log_probs, target, weight, sample_weight, plan, ignore_index, losses, scratch, fields, partial,
     units, thread, threads,
 ):  # fmt: skip
     mode = set_float_mode(IEEE)
-    plan, options = Plan(*plan), Options(*options)
+    plan = Plan(*plan)
     r = fields[thread]
     for unit in share_of(units, thread, threads):
         start = unit * LANES
         n = min(LANES, plan.rows - start)
-        read_targets(r, target, weight, sample_weight, start, n, plan.num_classes, options, 0.0)
+        read_targets(
+            r, target, weight, sample_weight, start, n, plan.num_classes, ignore_index, None, 0.0
+        )
         nll_unit(log_probs, r, start, n, plan)
         partial[unit] = deliver_losses(r, n, losses, start, scratch[thread])
     set_float_mode(mode)
@@ -287,16 +330,18 @@ def nll_share(
 
 @entry
 def nll_backward_share(
-    target, weight, sample_weight, plan, options, scale, out, scratch, fields, units, thread,
+    target, weight, sample_weight, plan, ignore_index, scale, out, scratch, fields, units, thread,
     threads,
 ):  # fmt: skip
     mode = set_float_mode(IEEE)
-    plan, options = Plan(*plan), Options(*options)
+    plan = Plan(*plan)
     r = fields[thread]
     for unit in share_of(units, thread, threads):
         start = unit * LANES
         n = min(LANES, plan.rows - start)
-        read_targets(r, target, weight, sample_weight, start, n, plan.num_classes, options, 0.0)
+        read_targets(
+            r, target, weight, sample_weight, start, n, plan.num_classes, ignore_index, None, 0.0
+        )
         nll_backward_unit(out, r, scratch[thread], start, n, scale, plan)
     set_float_mode(mode)
 
@@ -328,7 +373,7 @@ def softmax(logits, out, num_threads):
     plan, units, threads = plan_of(SOFTMAX, logits, out, num_threads)
     x = _flat(logits)
     arguments = (x, _flat_out(out), tuple(plan), *_scratch(logits, plan, threads),
-                 _turned(x, plan, threads))  # fmt: skip
+                 _turned(x, plan, threads), _fields(logits, plan, threads))  # fmt: skip
     _run(softmax_share, arguments, units, threads)
 
 
@@ -344,7 +389,7 @@ def _log_softmax(operation, logits, out, num_threads):
     plan, units, threads = plan_of(operation, logits, out, num_threads)
     x = _flat(logits)
     arguments = (x, _flat_out(out), tuple(plan), *_scratch(logits, plan, threads),
-                 _turned(x, plan, threads))  # fmt: skip
+                 _turned(x, plan, threads), _fields(logits, plan, threads))  # fmt: skip
     _run(log_softmax_share, arguments, units, threads)
 
 
@@ -360,7 +405,8 @@ def _backward(operation, grad_output, forward, out, num_threads):
     plan, units, threads = plan_of(operation, forward, out, num_threads, grad_output)
     g, p = _flat(grad_output), _flat(forward)
     arguments = (g, p, _flat_out(out), tuple(plan), *_scratch(forward, plan, threads),
-                 _turned(p, plan, threads), _turned(g, plan, threads))  # fmt: skip
+                 _turned(p, plan, threads), _turned(g, plan, threads),
+                 _fields(forward, plan, threads))  # fmt: skip
     _run(backward_share, arguments, units, threads)
 
 
@@ -395,14 +441,15 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
         target, soft = _integers(labels.target), None
         plan, units, threads = plan_of(CROSS_ENTROPY, logits, grad, num_threads)
     x = _flat(logits)
-    turned = _turned(x, plan, threads)
-    turned_soft = turned if soft is None else _turned(soft, plan, threads)
+    given = None if is_plain(options) and not labels.soft else tuple(options)
+    turned_soft = None if soft is None else _turned(soft, plan, threads)
     weight_sum = float(plan.num_classes if labels.weight is None else labels.weight.sum())
     partial = np.empty(-(-plan.rows // plan.summed))
     arguments = (
         x, target, soft, *_weights(labels), *_relative(labels.weight, logits), weight_sum,
-        tuple(plan), tuple(options), scale, *_outputs(logits, losses, grad),
-        *_scratch(logits, plan, threads), turned, turned_soft, partial,
+        tuple(plan), options.ignore_index, given, scale, *_outputs(logits, losses, grad),
+        *_scratch(logits, plan, threads), _turned(x, plan, threads), turned_soft,
+        _fields(logits, plan, threads), partial,
     )  # fmt: skip
     _run(cross_entropy_share, arguments, units, threads)
     return _total(partial)
@@ -415,7 +462,7 @@ def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
     partial = np.empty(units)
     scratch = np.empty((max(threads, 1), 1), _compute_dtype(log_probs))
     fields = np.empty((max(threads, 1), FIELDS))
-    rows = (_integers(labels.target), *_weights(labels), tuple(plan), tuple(options))
+    rows = (_integers(labels.target), *_weights(labels), tuple(plan), options.ignore_index)
     losses, out = _outputs(log_probs, losses, grad)
     _run(nll_share, (_flat(log_probs), *rows, losses, scratch, fields, partial), units, threads)
     if grad is not None:  # which may be log_probs: not before these were read
@@ -533,23 +580,35 @@ def plan_of(operation, array, out, num_threads, other=None):
 
 
 def _scratch(array, plan, threads):
-    """Scratch for each thread: taken here, so that want of memory is an error and no crash."""
-    if plan.layout == TILES:
+    """Scratch for each thread, as one that is not None: for tiles, or else for rows.
+
+    Taken here, so that want of memory is an error and no crash.
+    """
+    tiled = plan.layout == TILES
+    if tiled:
         size = tile_numbers.py_func(plan.num_classes, plan.step)
     else:
         size = row_numbers.py_func(plan.num_classes, plan.summed)
-    carries = plan.num_classes if plan.stream and plan.inner > 1 and array.itemsize != 2 else 0
-    size += carries * (LINE // array.itemsize)
+    size += _carries(array, plan) * (LINE // array.itemsize)
     size += -size % 16  # threads do not share a cache line
-    threads = max(threads, 1)
-    return np.empty((threads, size), _compute_dtype(array)), np.empty((threads, FIELDS + carries))
+    scratch = np.empty((max(threads, 1), size), _compute_dtype(array))
+    return (scratch, None) if tiled else (None, scratch)
+
+
+def _carries(array, plan):
+    """The runs of output that may end within a cache line."""
+    return plan.num_classes if plan.stream and plan.inner > 1 and array.itemsize != 2 else 0
+
+
+def _fields(array, plan, threads):
+    return np.empty((max(threads, 1), FIELDS + _carries(array, plan)))
 
 
 def _turned(flat, plan, threads):
-    """Room for a unit of columns as rows, for each thread; for other layouts an empty array."""
-    size = (
-        turned_numbers(min(plan.group, plan.rows), plan.row_step) if plan.layout == COLUMNS else 0
-    )
+    """Room for a unit of columns as rows, for each thread; None for other layouts."""
+    if plan.layout != COLUMNS:
+        return None
+    size = turned_numbers(min(plan.group, plan.rows), plan.row_step)
     return np.empty((max(threads, 1), size), flat.dtype)
 
 

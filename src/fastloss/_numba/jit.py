@@ -4,18 +4,51 @@ import contextlib
 import functools
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numba
 from numba import njit
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.extending import overload
 
 if numba.config.DISABLE_JIT:
     raise ImportError("Numba compiles nothing, by NUMBA_DISABLE_JIT", name=__package__)
 
-# Helpers live inside what calls them: without wrappers for Python and C they compile faster.
+
+class _Part(JITCodeLibrary):
+    """The code of a helper, which lives inside what calls it, and is assembled there alone.
+
+    Numba would also assemble each helper by itself, and optimise it twice before: it takes as long
+    as all the rest.  Once is still better than not at all, loops over lanes show.
+    """
+
+    codegen = SimpleNamespace(set_env=lambda *arguments: None)  # what never runs by itself has none
+
+    def _optimize_final_module(self):
+        made = self._codegen._module_pass_manager()
+        passes, *builder = made if isinstance(made, tuple) else (made,)  # a tuple from 0.62 on
+        passes.run(self._final_module, *builder)
+
+    def _finalize_final_module(self):
+        self._finalized = True
+
+    def get_pointer_to_function(self, name):
+        self._ensure_finalized()
+        return 0  # none
+
+
+class _PartCompiler(Compiler):
+    def __init__(self, typing_context, target_context, library, *rest):
+        library = _Part(target_context.codegen(), "part")
+        super().__init__(typing_context, target_context, library, *rest)
+
+
 _common = {"error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
-_options = {**_common, "forceinline": True, "no_cpython_wrapper": True}
+_options = {
+    **_common, "forceinline": True, "no_cpython_wrapper": True, "pipeline_class": _PartCompiler,
+}  # fmt: skip
 inline = njit(**_options)
 # What only calls others becomes part of its caller before types are inferred: a function less.
 spliced = njit(inline="always", error_model="numpy")

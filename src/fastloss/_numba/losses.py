@@ -4,6 +4,7 @@ Loops over the fields of one array, whose distances LLVM knows: they vectorise.
 """
 
 import numpy as np
+from numba import types
 
 from fastloss._numba.arithmetic import (
     exponential,
@@ -14,7 +15,7 @@ from fastloss._numba.arithmetic import (
     power_of,
     times,
 )
-from fastloss._numba.jit import inline, spliced, summing
+from fastloss._numba.jit import inline, summing, typed
 from fastloss._numba.types import (
     FACTOR,
     GAP,
@@ -32,6 +33,27 @@ from fastloss._numba.types import (
     TOP,
     TOP_MASS,
 )
+
+
+def is_plain(options):
+    return options.label_smoothing == 0.0 and options.z_loss == 0.0
+
+
+# Of options that are None where they are plain.
+@inline
+def label_smoothing_of(options):
+    return 0.0 if options is None else options.label_smoothing
+
+
+@inline
+def z_loss_of(options):
+    return 0.0 if options is None else options.z_loss
+
+
+@inline
+def asks_all_scores(soft, options):
+    """Whether the scalar step asks how far all scores are from the largest."""
+    return soft is not None or label_smoothing_of(options) != 0.0
 
 
 @inline
@@ -130,21 +152,20 @@ def cross_entropy_soft_step(r, n, options, scale, like):
         r[LEFT_OUT + i] = times(weight, left_out)
 
 
-@inline
-def is_plain(options):
-    return options.label_smoothing == 0.0 and options.z_loss == 0.0
-
-
-@spliced
-def scalar_step(target, soft, r, n, plan, options, scale, weight_sum, like):
+@typed
+def scalar_step(soft, r, n, plan, options, scale, weight_sum, like):
     """Which loss: of soft targets unless they are None, else of indices."""
-    # What is None is known before types are inferred: the other step is not even compiled.
-    if soft is not None:
-        cross_entropy_soft_step(r, n, options, scale, like)
-    if target is not None and is_plain(options):
-        plain_step(r, n, scale, like)
-    elif target is not None:
-        cross_entropy_step(r, n, plan.num_classes, options, scale, weight_sum, like)
+    if soft != types.none:
+        return lambda soft, r, n, plan, options, scale, weight_sum, like: cross_entropy_soft_step(
+            r, n, options, scale, like
+        )
+    if options == types.none:
+        return lambda soft, r, n, plan, options, scale, weight_sum, like: plain_step(
+            r, n, scale, like
+        )
+    return lambda soft, r, n, plan, options, scale, weight_sum, like: cross_entropy_step(
+        r, n, plan.num_classes, options, scale, weight_sum, like
+    )
 
 
 @summing

@@ -32,7 +32,7 @@ from fastloss._numba.blocks import (
     sum_kept,
 )
 from fastloss._numba.jit import inline, spliced
-from fastloss._numba.losses import add_exponentials
+from fastloss._numba.losses import add_exponentials, asks_all_scores
 from fastloss._numba.memory import load_block, load_one, store
 from fastloss._numba.types import (
     AHEAD,
@@ -247,15 +247,16 @@ def shift_block(x, m, log_sum, to):
         to[i] = (x[i] - m) - log_sum
 
 
-@spliced
-def reduce_rows(x, soft, r, scratch, first, n, plan, weight, largest_weight, options, scale):
+@inline
+def reduce_rows(
+    x, target, soft, r, scratch, first, n, plan, weight, largest_weight, options, scale
+):
     """The first stage of cross-entropy: of soft targets unless they are None, else of indices."""
     buffer, line, kept = row_scratch(scratch)
     ahead = min(n * plan.row_step, AHEAD)
-    # Whether the scalar step asks how far all scores are from the largest.
-    apart = soft is not None or options.label_smoothing != 0.0
+    apart = asks_all_scores(soft, options)
     top = buffer.dtype.type(0)
-    if not apart:
+    if target is not None and not apart:
         top = exp_rows(x, kept, first, n, plan, buffer, ahead)
         take_targets(x, r, kept, first, n, plan)
     for i in range(n):
@@ -290,7 +291,7 @@ def take_targets(x, r, kept, first, n, plan):
         r[OTHERS + i] = sum_row(kept[i * plan.num_classes :], plan.num_classes)
 
 
-@spliced
+@inline
 def reduce_row(
     x, soft, r, i, kept, row, plan, weight, largest_weight, options, buffer, line, ahead
 ):
@@ -301,7 +302,8 @@ def reduce_row(
     r[GAP + i] = 0.0
     r[MASS + i] = 0.0
     r[TOP_MASS + i] = 0.0
-    gaps_of_row(x, soft, start, m, r, i, plan, weight, largest_weight, options, buffer, line)
+    if options is not None:
+        gaps_of_row(x, soft, start, m, r, i, plan, weight, largest_weight, options, buffer, line)
     index = int(r[INDEX + i])
     r[TARGET_LOGIT + i] = load_one(x, start + index, plan.storage)
     r[OTHERS + i] = exp_row(x, start, index, m, True, kept, plan, buffer, line, ahead)
@@ -343,12 +345,12 @@ def gaps_of_row(x, soft, start, m, r, i, plan, weight, largest_weight, options, 
             r[GAP + i] += largest_weight * gap_block(block, weight[c : c + n], m)
 
 
-@spliced
+@inline
 def write_rows(out, soft, r, scratch, first, n, plan, weight, largest_weight, options):
     """The last stage of cross-entropy: from the exponentials that were kept to the gradient."""
     buffer, _, kept = row_scratch(scratch)
     scaled = kept[plan.summed * plan.num_classes + CHUNK :]
-    if soft is None and options.label_smoothing == 0.0:
+    if not asks_all_scores(soft, options):
         for i in range(n):
             start = i * plan.num_classes
             f = narrow_factor(kept[start : start + plan.num_classes], r[FACTOR + i])
@@ -361,12 +363,12 @@ def write_rows(out, soft, r, scratch, first, n, plan, weight, largest_weight, op
             else:
                 scaled[start + int(r[INDEX + i])] = r[LEFT_OUT + i]
         store_rows(out, first, scaled, n, plan)
-        return
-    for i in range(n):
-        e = kept[i * plan.num_classes : (i + 1) * plan.num_classes]
-        start = (first + i) * plan.row_step
-        write_row(e, soft, start, r, i, plan, weight, largest_weight, options, buffer)
-    store_rows(out, first, kept, n, plan)
+    elif options is not None:
+        for i in range(n):
+            e = kept[i * plan.num_classes : (i + 1) * plan.num_classes]
+            start = (first + i) * plan.row_step
+            write_row(e, soft, start, r, i, plan, weight, largest_weight, options, buffer)
+        store_rows(out, first, kept, n, plan)
 
 
 @inline

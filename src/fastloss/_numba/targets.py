@@ -4,6 +4,7 @@ import numpy as np
 
 from fastloss._numba.blocks import fold
 from fastloss._numba.jit import inline
+from fastloss._numba.losses import label_smoothing_of, z_loss_of
 from fastloss._numba.machine import lanes, load_index
 from fastloss._numba.types import CHECK_BLOCK, INDEX, LANES, ROW_WEIGHT, TARGET_WEIGHT
 
@@ -17,15 +18,17 @@ def read_indices(target, first, n, y):
 
 
 @inline
-def read_targets(r, target, weight, sample_weight, first, n, num_classes, options, largest_weight):
+def read_targets(
+    r, target, weight, sample_weight, first, n, num_classes, ignore_index, options, largest_weight
+):
     """Targets, and the weights of their rows: 0 where a row counts for nothing."""
-    smoothing = options.label_smoothing
-    smooth = options.z_loss != 0.0 or (smoothing != 0.0 and largest_weight != 0.0)
+    smoothing = label_smoothing_of(options)
+    smooth = z_loss_of(options) != 0.0 or (smoothing != 0.0 and largest_weight != 0.0)
     y = lanes(np.int64)
     read_indices(target, first, n, y)
     for i in range(n):
         # Targets were checked, but another thread may have changed them since.
-        used = (y[i] != options.ignore_index) & (y[i] >= 0) & (y[i] < num_classes)
+        used = (y[i] != ignore_index) & (y[i] >= 0) & (y[i] < num_classes)
         r[INDEX + i] = y[i] if used else 0
         r[ROW_WEIGHT + i] = 1.0 if used else 0.0
         r[TARGET_WEIGHT + i] = 1.0

@@ -11,6 +11,7 @@ carries, for runs of output that begin and end within a cache line.
 import math
 
 import numpy as np
+from numba import types
 
 from fastloss._numba.arithmetic import (
     common_magic,
@@ -25,8 +26,13 @@ from fastloss._numba.arithmetic import (
     tiny_of,
 )
 from fastloss._numba.blocks import holds_nan
-from fastloss._numba.jit import inline, spliced
-from fastloss._numba.losses import add_exponentials
+from fastloss._numba.jit import inline, spliced, typed
+from fastloss._numba.losses import (
+    add_exponentials,
+    asks_all_scores,
+    label_smoothing_of,
+    z_loss_of,
+)
 from fastloss._numba.machine import lanes, transpose
 from fastloss._numba.memory import carry_of, copy, fetch, load_block, load_into, store, store_run
 from fastloss._numba.types import (
@@ -59,11 +65,17 @@ def tile_numbers(num_classes, step):
     return (num_classes + 1) * LANES + 2 * (num_classes + 8) * step
 
 
-@inline
+@typed
 def tile_scratch(scratch, plan):
-    rows = (plan.num_classes + 1) * LANES
-    tile = (plan.num_classes + 8) * plan.step
-    return scratch[:rows], scratch[rows : rows + tile], scratch[rows + tile : rows + 2 * tile]
+    if scratch == types.none:
+        return lambda scratch, plan: (None, None, None)
+
+    def tile_scratch(scratch, plan):
+        rows = (plan.num_classes + 1) * LANES
+        tile = (plan.num_classes + 8) * plan.step
+        return scratch[:rows], scratch[rows : rows + tile], scratch[rows + tile : rows + 2 * tile]
+
+    return tile_scratch
 
 
 @inline
@@ -305,8 +317,10 @@ def log_softmax_tile(tile, r, x, later, plan):
             row[j] = (row[j] - m[j]) - log_sum[j]
 
 
-@spliced
-def reduce_tile(tile, other, soft, r, n, x, later, plan, weight, largest_weight, options, scale):
+@inline
+def reduce_tile(
+    tile, other, target, soft, r, n, x, later, plan, weight, largest_weight, options, scale
+):
     """The first stage of cross-entropy: of soft targets unless they are None, else of indices.
 
     Exponentials go into `other`, or take the place of the scores where it holds soft targets.
@@ -316,13 +330,14 @@ def reduce_tile(tile, other, soft, r, n, x, later, plan, weight, largest_weight,
         r[ROW_WEIGHT + j] = 0.0
         r[TARGET_WEIGHT + j] = 0.0
     clear_dead_lanes(tile, r, plan)
-    if soft is not None or options.label_smoothing != 0.0:
+    apart = asks_all_scores(soft, options)
+    if target is not None and not apart:
+        exp_tile_from_target(tile, other, r, x, later, plan, options, scale)
+    if options is not None and apart:
         largest_in_lanes(tile, r, plan)
         gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options)
         take_target_logits(tile, r, plan)
         exp_tile_from_maximum(tile, True, tile, True, r, x, later, plan)
-    else:
-        exp_tile_from_target(tile, other, r, x, later, plan, options, scale)
 
 
 @inline
@@ -349,7 +364,7 @@ def exp_tile_from_target(tile, e, r, x, later, plan, options, scale):
     if untamed:
         exp_tile(tile, True, e, True, r, x, later, plan)
         take_target_exps(e, r, plan)
-    if untamed or options.z_loss != 0.0:
+    if untamed or z_loss_of(options) != 0.0:
         take_target_logits(tile, r, plan)
     else:
         for j in range(LANES):
@@ -448,14 +463,15 @@ def write_tile(e, tile, soft, r, plan, weight, largest_weight, options):
     Where spread is not 0, exponentials are in the tile.
     """
     num_classes, step = plan.num_classes, plan.step
-    uniform = options.label_smoothing / num_classes
+    smoothing = label_smoothing_of(options)
+    uniform = smoothing / num_classes
     real = tile.dtype.type
     f, left_out, index = lanes(tile), lanes(tile), lanes(tile)
     on_target, on_all = lanes(tile), lanes(tile)
     narrow_factors(e, f, r, plan)
     for j in range(LANES):
         spread = r[SPREAD + j] * largest_weight
-        on_target[j] = spread * (1.0 - options.label_smoothing)
+        on_target[j] = spread * (1.0 - smoothing)
         on_all[j] = spread if soft is None else spread * uniform
         left_out[j] = r[LEFT_OUT + j]
         index[j] = r[INDEX + j]
