@@ -362,9 +362,12 @@ def check_share(
 # The functions of the contract
 # ---------------------------------------------------------------------------------------------
 
-_ABSENT = {np.float32: np.empty(0, np.float32), np.float64: np.empty(0)}
+_NOTHING = {dtype: np.empty(0, dtype) for dtype in (np.float32, np.float64)}  # to write to
+_ABSENT = {dtype: np.empty(0, dtype) for dtype in _NOTHING}  # to read
 for _absent in _ABSENT.values():
-    _absent.flags.writeable = False  # as _read_only
+    _absent.setflags(write=False)  # as _read_only
+_KINDS = {np.dtype(name): kind for kind, name in enumerate(INTEGERS)}
+_addresses = {}  # of compiled shares, by the kinds of their arguments
 _launch_lock = threading.Lock()
 _layer_started = False
 
@@ -483,7 +486,7 @@ def _total(partial):
 def _read_only(array):
     """The array in one dimension; read-only, as some inputs are: one type for all is compiled."""
     flat = array.reshape(-1)
-    flat.flags.writeable = False
+    flat.setflags(write=False)
     return flat
 
 
@@ -503,7 +506,7 @@ def _flat_out(array):
 
 def _integers(target):
     """Targets as their bytes, and how to read those."""
-    return _read_only(target).view(np.uint8), INTEGERS.index(target.dtype.name)
+    return _read_only(target).view(np.uint8), _KINDS[target.dtype]
 
 
 def _weights(labels):
@@ -535,11 +538,8 @@ def _relative(weight, logits):
 
 def _outputs(logits, losses, grad):
     """Arrays of the types that the kernels expect, empty where nothing is to be written."""
-    if losses is None:
-        losses = np.empty(0, _compute_dtype(logits))
-    if grad is None:
-        grad = np.empty(0, logits.dtype)
-    return losses.reshape(-1), _flat_out(grad)
+    losses = _NOTHING[_compute_dtype(logits)] if losses is None else losses.reshape(-1)
+    return losses, _flat_out(np.empty(0, logits.dtype) if grad is None else grad)
 
 
 def plan_of(operation, array, out, num_threads, other=None):
@@ -630,11 +630,15 @@ def _run(share, arguments, units, threads):
 
 def _address(share, arguments):
     """Where the share that was compiled for such arguments lies; it is compiled on first use."""
-    signature = (*map(share.typeof_pyval, arguments), *3 * (types.intp,))
-    if signature not in share.overloads:
-        share.compile(signature)
-    compiled = share.overloads[signature]
-    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    # Not by Numba's types, which take 100 us to find out: in one place only this differs.
+    kinds = (share, *[a.dtype if isinstance(a, np.ndarray) else type(a) for a in arguments])
+    if kinds not in _addresses:
+        signature = (*map(share.typeof_pyval, arguments), *3 * (types.intp,))
+        if signature not in share.overloads:
+            share.compile(signature)
+        compiled = share.overloads[signature]
+        _addresses[kinds] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    return _addresses[kinds]
 
 
 def _apart(arguments):
