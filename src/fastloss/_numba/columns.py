@@ -11,7 +11,7 @@ from numba import types
 from fastloss._numba.jit import inline, typed
 from fastloss._numba.machine import as_input, transpose
 from fastloss._numba.memory import carry_of, copy, fetch, store_run
-from fastloss._numba.types import FIELDS, LANES, TURN
+from fastloss._numba.types import COLUMNS, FIELDS, LANES, TURN
 
 
 def turned_numbers(rows, row_step):
@@ -20,18 +20,20 @@ def turned_numbers(rows, row_step):
 
 
 @typed
-def rows_of(array, turned):
+def rows_of(array, turned, layout):
     """Where the rows lie that are to be read: in the array itself, or, of columns, in `turned`."""
     if turned == types.none or array == types.none:
-        return lambda array, turned: array
-    return lambda array, turned: as_input(turned[TURN * LANES :])
+        return lambda array, turned, layout: array
+    return lambda array, turned, layout: (
+        as_input(turned[TURN * LANES :]) if layout == COLUMNS else array
+    )
 
 
 @typed
-def rows_to(array, turned):
+def rows_to(array, turned, layout):
     if turned == types.none:
-        return lambda array, turned: array
-    return lambda array, turned: turned[TURN * LANES :]
+        return lambda array, turned, layout: array
+    return lambda array, turned, layout: turned[TURN * LANES :] if layout == COLUMNS else array
 
 
 @inline

@@ -120,7 +120,7 @@ def options_of(options):
 def load_unit(x, tiles, turned, tile, buffer, own_turned, first, n, storage, plan):
     if tiles is not None:
         load_tiles(x, tile, buffer, first, n, storage, plan)
-    if turned is not None:
+    if turned is not None and plan.layout == COLUMNS:
         load_columns(x, own_turned, first, n, plan)
 
 
@@ -128,7 +128,7 @@ def load_unit(x, tiles, turned, tile, buffer, own_turned, first, n, storage, pla
 def store_unit(out, tiles, turned, tile, own_turned, scratch, r, first, n, plan):
     if tiles is not None:
         store_tiles(out, tile, scratch, r, first, n, plan)
-    if turned is not None:
+    if turned is not None and plan.layout == COLUMNS:
         store_columns(out, own_turned, scratch, r, first, n, plan)
 
 
@@ -143,7 +143,7 @@ def softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, thre
         own_of(turned, thread),
     )
     buffer, tile, other = tile_scratch(own_of(tiles, thread), plan)
-    x_rows, out_rows = rows_of(x, own_turned), rows_to(out, own_turned)
+    x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
@@ -177,7 +177,7 @@ def log_softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, 
         own_of(turned, thread),
     )
     buffer, tile, _ = tile_scratch(own_of(tiles, thread), plan)
-    x_rows, out_rows = rows_of(x, own_turned), rows_to(out, own_turned)
+    x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
@@ -211,8 +211,8 @@ def backward_share(g, p, out, plan, tiles, rows, turned, turned_g, fields, units
     r, scratch = own_of(fields, thread), scratch_of(tiles, rows, thread)
     own_turned, own_turned_g = own_of(turned, thread), own_of(turned_g, thread)
     buffer, tile, upstreams = tile_scratch(own_of(tiles, thread), plan)
-    p_rows, out_rows = rows_of(p, own_turned), rows_to(out, own_turned)
-    g_rows = rows_of(g, own_turned_g)
+    p_rows, out_rows = rows_of(p, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
+    g_rows = rows_of(g, own_turned_g, plan.layout)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
@@ -252,8 +252,8 @@ def cross_entropy_share(
     r, scratch = own_of(fields, thread), scratch_of(tiles, rows, thread)
     own_turned, own_turned_soft = own_of(turned, thread), own_of(turned_soft, thread)
     buffer, tile, other = tile_scratch(own_of(tiles, thread), plan)
-    x_rows, out_rows = rows_of(x, own_turned), rows_to(out, own_turned)
-    soft_rows = rows_of(soft_scores, own_turned_soft)
+    x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
+    soft_rows = rows_of(soft_scores, own_turned_soft, plan.layout)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
@@ -605,10 +605,12 @@ def _fields(array, plan, threads):
 
 
 def _turned(flat, plan, threads):
-    """Room for a unit of columns as rows, for each thread; None for other layouts."""
-    if plan.layout != COLUMNS:
+    """Room for a unit of columns as rows, for each thread; nothing for rows, None for tiles."""
+    if plan.layout == TILES:
         return None
-    size = turned_numbers(min(plan.group, plan.rows), plan.row_step)
+    size = 0
+    if plan.layout == COLUMNS:
+        size = turned_numbers(min(plan.group, plan.rows), plan.row_step)
     return np.empty((max(threads, 1), size), flat.dtype)
 
 
