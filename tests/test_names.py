@@ -12,8 +12,8 @@ JIT = {"jit"}  # nothing that Cython needs
 # Functions that one backend has without the other, by the reason.
 ALONE = {
     "C has the function, or Cython a pointer, where Numba needs code of its own": {
-        "borrow", "as_input", "lanes", "prefetch", "stream_line", "end_stream", "set_float_mode",
-        "load_index", "convert_half", "call_share", "unless_none", "load_one",
+        "borrow", "as_input", "lanes", "eight_lanes", "prefetch", "stream_line", "end_stream",
+        "set_float_mode", "load_index", "convert_half", "call_share", "unless_none", "load_one",
         "load_into", "copy", "largest_lane",
     },
     "arrays know their size and type, and slices where they begin; pointers do not": {
@@ -25,8 +25,8 @@ ALONE = {
         "row_unit", "tile_unit", "column_unit", "job_of_rows", "loss_rows", "loss_tile",
     },
     "a loop of its own is what LLVM vectorises": {
-        "softmax_vjp", "log_softmax_vjp", "shift_block", "scale_and_spread", "scale_and_subtract",
-        "transpose_rows", "store_halves",
+        "softmax_vjp", "log_softmax_vjp", "fold_four", "shift_block", "scale_and_spread",
+        "scale_and_subtract", "transpose_rows", "store_halves",
     },
     "sums of soft targets: one loop in Cython, two reductions in Numba": {
         "soft_block", "soft_gap", "soft_mass",
@@ -41,16 +41,16 @@ ALONE = {
     "Cython adds up rows of 129 classes and more as long rows where they are, Numba from 301 on": {
         "adds_as_rows", "fold_parts",
     },
-    "Cython tells a tame row by its sum alone, Numba by its maximum, too": {
-        "highest_of", "below", "bound", "tame_of", "is_tame",
-    },
+    "GCC makes one instruction of a bound only if it does not know it": {"bound"},
     "Cython looks for maxima first where the rows before needed them": {
         "hopeless_of", "is_hopeless", "are_hopeless", "untamed_of", "take_maxima",
         "exp_tile_untamed", "take_units",
     },
-    "Cython takes short rows where they are as rows, several at a time, Numba as tiles": {
-        "sum_eight", "fold_eight", "scale_sixteen", "begin_rows", "owners_of", "sum_rows",
-        "scale_rows", "exp_rows_from_target", "is_short", "short_unit",
+    "Cython spreads the factors of sixteen short rows by permutes, Numba goes row by row": {
+        "scale_sixteen", "begin_rows", "owners_of",
+    },
+    "short rows are a layout in Cython, and a way to take a tile in Numba": {
+        "is_short", "short_unit", "exp_rows_of_softmax", "divide_rows", "write_plain_rows",
     },
     "picked out one by one, where LLVM makes less of a mask": {"take_target_exps"},
     "LLVM unrolls short loops before it would vectorise them": {

@@ -153,6 +153,22 @@ cdef inline void sum_rows(
         total[i] = sums[i]
 
 
+cdef inline bint find_untamed(
+    Rows* r, Py_ssize_t n, double scale, real unused
+) noexcept nogil:
+    """The rows that common units are not for are to have their own; whether there are any."""
+    cdef double weight
+    cdef int32_t own, found = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        weight = r.row_weight[i] * r.target_weight[i] * scale
+        own = (r.row_weight[i] != 0.0) & (not in_common_units(
+            r.others[i] + r.target_exp[i], r.target_exp[i], weight, unused))
+        r.own[i] = own
+        found |= own
+    return found
+
+
 cdef inline void scale_row(real* e, Py_ssize_t n, double factor) noexcept nogil:
     cdef Py_ssize_t j
     cdef real f = narrow_factor(e, n, factor)

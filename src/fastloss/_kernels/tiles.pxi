@@ -127,22 +127,6 @@ cdef inline void take_maxima(const Job* job, const real* tile, Rows* r) noexcept
         r.maximum[j] = maximum[j]
 
 
-cdef inline bint find_untamed(
-    Rows* r, Py_ssize_t n, double scale, real unused
-) noexcept nogil:
-    """The rows that common units are not for are to have their own; whether there are any."""
-    cdef double weight
-    cdef int32_t own, found = 0
-    cdef Py_ssize_t i
-    for i in range(n):
-        weight = r.row_weight[i] * r.target_weight[i] * scale
-        own = (r.row_weight[i] != 0.0) & (not in_common_units(
-            r.others[i] + r.target_exp[i], r.target_exp[i], weight, unused))
-        r.own[i] = own
-        found |= own
-    return found
-
-
 cdef inline void fold_parts(const real* parts, double* total) noexcept nogil:
     """As fold, of the parts of every lane."""
     cdef double s[8 * LANES]

@@ -62,31 +62,33 @@ def magic_of(maximum):
 
 
 @inline
-def tame_of(numbers):
-    """The largest score of a row whose exponentials are in common units."""
-    return 36.0 if numbers.itemsize == 4 else 300.0
+def highest_of(numbers):
+    """What common units take larger scores for: enough for a sum to be told by."""
+    return numbers.dtype.type(44.0 if numbers.itemsize == 4 else 340.0)
 
 
 @inline
 def common_magic(numbers):
     """As magic_of, for rows without a reference of their own: for 2**48 exp(x), or 2**497 exp(x).
 
-    No sum of tame rows overflows there.
+    No sum overflows there, as no score is above the highest.
     """
     wide, narrow = 6755399441055744.0 + 1023 + 497, 12582912.0 + 127 + 48
     return numbers.dtype.type(narrow if numbers.itemsize == 4 else wide)
 
 
 @inline
-def in_common_units(total, least, top, weight, numbers):
-    """Whether a row's exponentials are exact in common units: by its sum, one of them, its maximum.
+def in_common_units(total, least, weight, numbers):
+    """Whether a row's exponentials are exact in common units: by their sum, and by one of them.
 
-    None overflowed; what will be a subnormal result is a normal number, and so is the weight over
-    the sum; `least`, the target's, is not so small that the ratio to it would overflow.
+    No score was above the highest; what will be a subnormal result is a normal number, and so is
+    the weight over the sum; `least`, the target's, is not so small that the ratio to it would
+    overflow.
     """
+    most = 2.0**111 if numbers.itemsize == 4 else 2.0**987
     negligible = 2.0**-100 if numbers.itemsize == 4 else 2.0**-900
-    exact = (total * np.float64(power_of(numbers)) >= 1.0) & (least >= negligible * total)
-    return exact & (top <= tame_of(numbers)) & (abs(weight) >= tiny_of(numbers) * total)
+    exact = (total * np.float64(power_of(numbers)) >= 1.0) & (total < most)
+    return exact & (least >= negligible * total) & (abs(weight) >= tiny_of(numbers) * total)
 
 
 @typed

@@ -3,7 +3,13 @@
 import numpy as np
 from numba import types
 
-from fastloss._numba.arithmetic import common_magic, exponential, lowest_of, times
+from fastloss._numba.arithmetic import (
+    common_magic,
+    exponential,
+    highest_of,
+    lowest_of,
+    times,
+)
 from fastloss._numba.jit import inline, summing, typed
 from fastloss._numba.machine import add_step, lanes, scale_step, sum_lanes
 from fastloss._numba.memory import fetch
@@ -92,39 +98,36 @@ def fold(lane):
 
 
 @inline
+def below(x, highest):
+    return highest if highest < x else x
+
+
+@inline
 def exp_run(x, e, later, start):
-    """The exponentials e in common units, wherever rows end, and the largest x, NaN left aside.
+    """The exponentials e in common units, wherever rows end.
 
     e has room for whole chunks.  Meanwhile memory is fetched, as in exp_block.
     """
     magic = common_magic(e)
-    lowest, zero = lowest_of(magic), e.dtype.type(0)
-    top = lanes(e)
+    lowest, highest, zero = lowest_of(magic), highest_of(e), e.dtype.type(0)
     value = lanes(e)
     rest = lanes(e)
     whole = x.size // CHUNK
     if whole * CHUNK < x.size:
         pad(x[whole * CHUNK :], -1, rest)
-    for j in range(CHUNK):
-        top[j] = -np.inf
     for chunk in range((x.size + CHUNK - 1) // CHUNK):
         i = chunk * CHUNK
         fetch(later, start + i, CHUNK)
         if chunk == whole:
             for j in range(CHUNK):
-                top[j] = rest[j] if rest[j] > top[j] else top[j]
-            for j in range(CHUNK):
-                value[j] = exponential(rest[j], zero, magic, lowest)
+                value[j] = below(rest[j], highest)
         else:
             source = x[i : i + CHUNK]
             for j in range(CHUNK):
-                top[j] = source[j] if source[j] > top[j] else top[j]
-            for j in range(CHUNK):
-                value[j] = exponential(source[j], zero, magic, lowest)
+                value[j] = below(source[j], highest)
         to = e[i : i + CHUNK]
         for j in range(CHUNK):
-            to[j] = value[j]
-    return largest_lane(top)
+            to[j] = exponential(value[j], zero, magic, lowest)
 
 
 @inline
@@ -189,10 +192,11 @@ def sum_kept(e, n):
 
 
 @inline
-def scale_kept(e, n, f, to):
-    """n products of f in whole steps; what goes beyond is for the next row to write over."""
+def scale_kept(e, n, f, to, skip, left_out):
+    """n products of f, at skip left_out, in whole steps; the next row writes over the rest."""
+    # left_out in passing: a number put by itself would hold up who then reads vectors.
     for i in range(0, n, STEP):
-        scale_step(e, i, f, to)
+        scale_step(e, i, f, to, skip, left_out)
 
 
 @summing

@@ -13,7 +13,13 @@ from fastloss._contract import Labels, Options, TargetCheck
 from fastloss._numba.backward import backward_rows, backward_tile
 from fastloss._numba.columns import load_columns, rows_of, rows_to, store_columns, turned_numbers
 from fastloss._numba.jit import entry, inline, spliced, typed
-from fastloss._numba.losses import asks_all_scores, deliver_losses, is_plain, scalar_step
+from fastloss._numba.losses import (
+    asks_all_scores,
+    deliver_losses,
+    is_plain,
+    plain_step,
+    scalar_step,
+)
 from fastloss._numba.machine import (
     IEEE,
     borrow,
@@ -25,10 +31,14 @@ from fastloss._numba.machine import (
 from fastloss._numba.memory import begin_carries, flush_carries, store
 from fastloss._numba.nll import nll_backward_unit, nll_unit
 from fastloss._numba.rows import (
+    divide_rows,
+    exp_rows_from_target,
+    exp_rows_of_softmax,
     log_softmax_rows,
     reduce_rows,
     row_numbers,
     softmax_rows,
+    write_plain_rows,
     write_rows,
 )
 from fastloss._numba.targets import check_block, read_sample_weights, read_targets
@@ -48,6 +58,7 @@ from fastloss._numba.types import (
     COLUMNS,
     CROSS_ENTROPY,
     CROSS_ENTROPY_SOFT,
+    EIGHT,
     FEWEST_UNITS,
     FIELDS,
     FLOAT16,
@@ -145,9 +156,18 @@ def softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, thre
     buffer, tile, other = tile_scratch(own_of(tiles, thread), plan)
     x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
     begin_carries(r)
+    untamed = 0
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
+        if tiles is not None:
+            short = plan.inner == 1 and not untamed
+            kept, n, ahead = tile[EIGHT:], last - first, plan.group * plan.num_classes
+            if short:
+                untamed = exp_rows_of_softmax(x, r, kept, first, n, plan, buffer, ahead)
+            if short and not untamed:
+                divide_rows(out, r, kept, other, first, n, plan)
+                continue
         load_unit(
             x, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
         )
@@ -155,7 +175,7 @@ def softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, thre
             n = min(plan.summed, last - start)
             lane = start - first
             if tiles is not None:
-                softmax_tile(tile[lane:], other[lane:], r, x, start + plan.group, plan)
+                untamed = softmax_tile(tile[lane:], other[lane:], r, x, start + plan.group, plan)
             if rows is not None:
                 row = lane if plan.layout == COLUMNS else start
                 softmax_rows(x_rows, out_rows, r, scratch, row, n, plan)
@@ -255,9 +275,28 @@ def cross_entropy_share(
     x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
     soft_rows = rows_of(soft_scores, own_turned_soft, plan.layout)
     begin_carries(r)
+    untamed = 0  # rows of the last unit that common units were not for
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
+        if tiles is not None:
+            short = options is None and plan.inner == 1 and not untamed
+            if target is not None:
+                kept, n, ahead = tile[EIGHT:], last - first, plan.group * plan.num_classes
+                if short:
+                    read_targets(
+                        r, target, weight, sample_weight, first, n, plan.num_classes, ignore_index,
+                        None, largest_weight,
+                    )  # fmt: skip
+                    untamed = exp_rows_from_target(
+                        x, r, kept, first, n, plan, buffer, ahead, None, scale
+                    )
+                if short and not untamed:
+                    plain_step(r, n, scale, kept)
+                    partial[unit] = deliver_losses(r, n, losses, first, kept)
+                    if out.size:
+                        write_plain_rows(out, r, kept, other, first, n, plan)
+                    continue
         load_unit(
             x, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
         )
@@ -278,7 +317,7 @@ def cross_entropy_share(
             if tiles is not None:
                 own_tile, own_other = tile[start - first :], other[start - first :]
                 own_soft = unless_none(soft, own_other)
-                reduce_tile(
+                untamed = reduce_tile(
                     own_tile, own_other, target, own_soft, r, n, x, start + plan.group, plan,
                     relative_weight, largest_weight, given, scale,
                 )  # fmt: skip

@@ -117,15 +117,13 @@ def plain_step(r, n, scale, like):
     power = np.float64(power_of(like))
     for i in range(n):
         others, target_exp, top = r[OTHERS + i], r[TARGET_EXP + i], r[TOP + i]
-        b = r[TARGET_WEIGHT + i]
-        log_sum = np.float64(log1p(real((others + (target_exp - top)) / top)))
-        minus_log_p = log_sum - (r[TARGET_LOGIT + i] - r[MAXIMUM + i])
-        r[LOSS + i] = times(r[ROW_WEIGHT + i], times(b, minus_log_p))
+        weight = r[ROW_WEIGHT + i] * r[TARGET_WEIGHT + i]
+        log_sum = np.float64(log1p(real(others + (target_exp - top)) / real(top)))
+        r[LOSS + i] = times(weight, log_sum - (r[TARGET_LOGIT + i] - r[MAXIMUM + i]))
+        weight *= scale
         inverse = 1.0 / (others + target_exp)
-        weight = r[ROW_WEIGHT + i] * scale
-        r[FACTOR + i] = times(weight, b * (inverse / power))
-        r[SPREAD + i] = 0.0
-        r[LEFT_OUT + i] = times(weight, 0.0 - b * (others * inverse))
+        r[FACTOR + i] = times(weight, inverse / power)
+        r[LEFT_OUT + i] = times(weight, 0.0 - others * inverse)
 
 
 @inline

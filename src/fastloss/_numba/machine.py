@@ -11,7 +11,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from fastloss._numba.types import INTEGERS, LANES, LINE, STEP
+from fastloss._numba.types import EIGHT, INTEGERS, LANES, LINE, STEP
 
 IEEE = np.uint32(0x1F80)  # to nearest, denormals kept: results do not depend on what somebody set
 
@@ -58,18 +58,16 @@ def unless_none(typing_context, tested, value):
     return value(tested, value), lambda context, builder, signature, arguments: arguments[1]
 
 
-@intrinsic
-def lanes(typing_context, like):
-    """LANES numbers on the stack of the caller, of the type of an array or of a NumPy type."""
+def _on_stack(like, count):
     array_type = types.Array(like.dtype, 1, "C")
 
     def generate(context, builder, signature, arguments):
         scalar = context.get_data_type(like.dtype)
         size = context.get_abi_sizeof(scalar)
-        vector = cgutils.alloca_once(builder, ir.ArrayType(scalar, LANES))
+        vector = cgutils.alloca_once(builder, ir.ArrayType(scalar, count))
         vector.align = LINE
         array = context.make_array(array_type)(context, builder)
-        length = context.get_constant(types.intp, LANES)
+        length = context.get_constant(types.intp, count)
         populate_array(
             array,
             data=builder.bitcast(vector, scalar.as_pointer()),
@@ -83,6 +81,18 @@ def lanes(typing_context, like):
     return array_type(like), generate
 
 
+@intrinsic
+def lanes(typing_context, like):
+    """LANES numbers on the stack of the caller, of the type of an array or of a NumPy type."""
+    return _on_stack(like, LANES)
+
+
+@intrinsic
+def eight_lanes(typing_context, like):
+    """The same, for a part of a sum each."""
+    return _on_stack(like, EIGHT * LANES)
+
+
 def _vector_at(context, builder, array_type, array, index, count=STEP):
     """Where the numbers of an array from an index on are."""
     scalar = context.get_data_type(array_type.dtype)
@@ -90,11 +100,20 @@ def _vector_at(context, builder, array_type, array, index, count=STEP):
     return _place(context, builder, array_type, array, index, vector), scalar, vector
 
 
-def _splat(builder, value):
-    vector = ir.VectorType(value.type, STEP)
+def _splat(builder, value, count=STEP):
+    vector = ir.VectorType(value.type, count)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), STEP), [0] * STEP)
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), count), [0] * count)
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def _numbers(size):
+    """0, 1, 2 ... in integers of so many bytes."""
+    return ir.Constant(ir.VectorType(ir.IntType(8 * size), STEP), list(range(STEP)))
+
+
+def _narrow(builder, number, size):
+    return builder.trunc(number, ir.IntType(8 * size)) if size < 8 else number
 
 
 @intrinsic
@@ -119,20 +138,23 @@ def sum_lanes(typing_context, lane):
 
 # Loops over so few numbers are unrolled before they are vectorised, and then are not any more.
 @intrinsic
-def scale_step(typing_context, e, start, f, to):
-    """STEP numbers of e from start on, times f, to the same place of `to`."""
+def scale_step(typing_context, e, start, f, to, skip, left_out):
+    """STEP numbers of e from start on, times f, to the same place of `to`; at skip left_out."""
 
     def generate(context, builder, signature, arguments):
-        e_type, _, _, to_type = signature.args
-        e, start, f, to = arguments
-        source, _, _ = _vector_at(context, builder, e_type, e, start)
+        e_type, _, _, to_type, _, _ = signature.args
+        e, start, f, to, skip, left_out = arguments
+        source, scalar, _ = _vector_at(context, builder, e_type, e, start)
         target, _, _ = _vector_at(context, builder, to_type, to, start)
-        size = context.get_abi_sizeof(context.get_data_type(e_type.dtype))
+        size = context.get_abi_sizeof(scalar)
         product = builder.fmul(builder.load(source, align=size), _splat(builder, f))
+        hole = _splat(builder, _narrow(builder, builder.sub(skip, start), size))
+        is_hole = builder.icmp_signed("==", _numbers(size), hole)
+        product = builder.select(is_hole, _splat(builder, left_out), product)
         builder.store(product, target, align=size)
         return context.get_dummy_value()
 
-    return types.none(e, types.intp, e.dtype, to), generate
+    return types.none(e, types.intp, e.dtype, to, types.intp, e.dtype), generate
 
 
 @intrinsic
@@ -145,16 +167,76 @@ def add_step(typing_context, lane, place, e, start, width):
         sums, scalar, vector = _vector_at(context, builder, lane_type, lane, place)
         source, _, _ = _vector_at(context, builder, e_type, e, start)
         size = context.get_abi_sizeof(scalar)
-        number = ir.IntType(8 * size)
-        numbers = ir.Constant(ir.VectorType(number, STEP), list(range(STEP)))
-        narrow = builder.trunc(width, number) if size < 8 else width
-        inside = builder.icmp_signed("<", numbers, _splat(builder, narrow))
+        inside = builder.icmp_signed(
+            "<", _numbers(size), _splat(builder, _narrow(builder, width, size))
+        )
         values = builder.load(source, align=size)
         values = builder.select(inside, values, ir.Constant(vector, [0.0] * STEP))
         builder.store(builder.fadd(builder.load(sums, align=size), values), sums, align=size)
         return context.get_dummy_value()
 
     return types.none(lane, types.intp, e, types.intp, types.intp), generate
+
+
+@intrinsic
+def sum_eight(typing_context, e, start, step, n, to, to_start):
+    """The sums of n numbers in each of eight rows, `step` apart, the first from e[start] on.
+
+    Of each row the numbers at distance 8, the last of which goes to the eighth sum, then these
+    eight, by halves.  Reads up to seven numbers before the rows.
+    """
+
+    def generate(context, builder, signature, arguments):
+        e_type, _, _, _, to_type, _ = signature.args
+        e, start, step, n, to, to_start = arguments
+        place, scalar, vector = _vector_at(context, builder, to_type, to, to_start, EIGHT)
+        size, zero = context.get_abi_sizeof(scalar), ir.Constant(vector, [0.0] * EIGHT)
+
+        def constant(number):
+            return ir.Constant(n.type, number)
+
+        def load(row, c):
+            index = builder.add(start, builder.add(builder.mul(step, constant(row)), c))
+            source, _, _ = _vector_at(context, builder, e_type, e, index, EIGHT)
+            return builder.load(source, align=size)
+
+        def add_shuffled(a, b, mask, other_mask):
+            indices = ir.VectorType(ir.IntType(32), EIGHT)
+            parts = [
+                builder.shuffle_vector(a, b, ir.Constant(indices, m)) for m in (mask, other_mask)
+            ]
+            return builder.fadd(*parts)
+
+        # The first vector begins before the row, so that the last one ends with it.
+        width = builder.add(builder.and_(builder.sub(n, constant(1)), constant(7)), constant(1))
+        before = builder.sub(width, constant(EIGHT))
+        numbers = ir.Constant(ir.VectorType(n.type, EIGHT), list(range(-EIGHT, 0)))
+        inside = builder.icmp_signed(">=", builder.add(_splat(builder, width, EIGHT), numbers),
+                                     ir.Constant(numbers.type, [0] * EIGHT))  # fmt: skip
+        sums = [
+            cgutils.alloca_once_value(builder, builder.select(inside, load(row, before), zero))
+            for row in range(EIGHT)
+        ]
+        rest = builder.lshr(builder.sub(n, width), constant(3))
+        with cgutils.for_range(builder, rest) as loop:
+            c = builder.add(width, builder.mul(loop.index, constant(EIGHT)))
+            for row, a in enumerate(sums):
+                builder.store(builder.fadd(builder.load(a), load(row, c)), a)
+        a = [builder.load(s) for s in sums]
+        a = [
+            add_shuffled(a[i], a[i + 4], [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
+            for i in range(4)
+        ]
+        a = [
+            add_shuffled(a[i], a[i + 1], [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15])
+            for i in (0, 2)
+        ]
+        total = add_shuffled(*a, [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15])
+        builder.store(total, place, align=size)
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.none(e, index, index, index, to, index), generate
 
 
 @intrinsic

@@ -16,7 +16,6 @@ from fastloss._numba.arithmetic import (
     magic_of,
     pivot_of,
     power_of,
-    tame_of,
     tiny_of,
 )
 from fastloss._numba.blocks import (
@@ -32,23 +31,29 @@ from fastloss._numba.blocks import (
     sum_kept,
 )
 from fastloss._numba.jit import inline, spliced
-from fastloss._numba.losses import add_exponentials, asks_all_scores
+from fastloss._numba.losses import add_exponentials, asks_all_scores, z_loss_of
+from fastloss._numba.machine import lanes, sum_eight
 from fastloss._numba.memory import load_block, load_one, store
 from fastloss._numba.types import (
     AHEAD,
     BLOCK,
     CHUNK,
+    COLUMNS,
+    EIGHT,
     FACTOR,
     GAP,
     INDEX,
+    LANES,
     LEFT_OUT,
     LOG_SUM,
     LOGSUMEXP,
     MASS,
     MAXIMUM,
     OTHERS,
+    OWN,
     ROW_WEIGHT,
-    ROWS,
+    RUN,
+    SHORT_ROW,
     SPREAD,
     TARGET_EXP,
     TARGET_LOGIT,
@@ -72,7 +77,7 @@ def row_scratch(scratch):
 @inline
 def store_rows(out, first, kept, n, plan):
     num_classes = plan.num_classes
-    stream = plan.stream and plan.layout == ROWS  # columns have yet to be turned back
+    stream = plan.stream and plan.layout != COLUMNS  # columns have yet to be turned back
     size = n * num_classes if plan.row_step == num_classes else num_classes
     for start in range(0, n * num_classes, size):
         row = first + start // num_classes
@@ -134,19 +139,16 @@ def exp_row(x, start, skip, maximum, keep, kept, plan, buffer, line, ahead):
 
 @spliced
 def exp_rows(x, kept, first, n, plan, buffer, ahead):
-    """Exponentials in common units; the largest score.  Memory is fetched as in exp_row."""
+    """Exponentials in common units.  Memory is fetched as in exp_row."""
     # Rows that lie next to each other are one run.
     runs, run = (1, n * plan.num_classes)
     if plan.row_step != plan.num_classes:
         runs, run = n, plan.num_classes
-    top = buffer.dtype.type(-np.inf)
     for i in range(runs):
         start = (first + i) * plan.row_step
         for c in range(0, run, BLOCK):
             block = load_block(x, start + c, min(BLOCK, run - c), buffer, plan.storage)
-            block_top = exp_run(block, kept[i * run + c :], x, start + c + ahead)
-            top = block_top if block_top > top else top
-    return top
+            exp_run(block, kept[i * run + c :], x, start + c + ahead)
 
 
 @inline
@@ -157,14 +159,37 @@ def sum_row(e, num_classes):
     return total
 
 
-@spliced
-def is_tame(x, row, total, least, top, weight, plan, buffer):
-    """Whether a row needs no reference of its own.  top is the largest score of it, or of more."""
-    limit = tame_of(buffer)
-    tame = in_common_units(total, least, min(top, limit), weight, buffer)
-    if tame and top > limit:
-        tame = largest_of_row(x, row, plan, buffer) <= limit
-    return tame
+@inline
+def sum_rows(e, r, n, num_classes):
+    """The sums of short rows are those of exp_tile, whichever axis the classes are."""
+    sums = lanes(e)
+    if num_classes > SHORT_ROW:
+        for i in range(n):
+            r[OTHERS + i] = sum_row(e[i * num_classes :], num_classes)
+        return
+    for i in range(LANES):
+        r[OTHERS + i] = 0.0
+    start, stop = 0, (num_classes - 1) % (RUN * EIGHT) + 1
+    while stop <= num_classes:  # long sums in float64
+        for i in range(0, n, EIGHT):
+            sum_eight(e, i * num_classes + start, num_classes, stop - start, sums, i)
+        for i in range(n):
+            r[OTHERS + i] += np.float64(sums[i])
+        start, stop = stop, stop + RUN * EIGHT
+
+
+@inline
+def find_untamed(r, n, scale, like):
+    """The rows that common units are not for are to have their own; how many there are."""
+    found = 0
+    for i in range(n):
+        least = r[TARGET_EXP + i]
+        weight = r[ROW_WEIGHT + i] * r[TARGET_WEIGHT + i] * scale
+        tame = in_common_units(r[OTHERS + i] + least, least, weight, like)
+        r[OWN + i] = 0.0 if tame | (r[ROW_WEIGHT + i] == 0.0) else 1.0
+    for i in range(n):
+        found += r[OWN + i] != 0.0
+    return found
 
 
 @inline
@@ -185,25 +210,58 @@ def narrow_factor(e, factor):
 
 
 @inline
+def scale_rows(kept, r, n, num_classes, scaled):
+    """Times FACTOR, but for LEFT_OUT at INDEX."""
+    f, left_out = lanes(kept), lanes(kept)
+    power = np.float64(power_of(kept))
+    small = 0
+    for i in range(n):
+        f[i] = r[FACTOR + i] * power
+        left_out[i] = r[LEFT_OUT + i]
+        small += (abs(r[FACTOR + i] * power) < tiny_of(kept)) & (r[FACTOR + i] != 0.0)
+    if small:
+        for i in range(n):
+            start = i * num_classes
+            f[i] = narrow_factor(kept[start : start + num_classes], r[FACTOR + i])
+    for i in range(n):
+        start = i * num_classes
+        skip = int(r[INDEX + i])
+        scale_kept(kept[start:], num_classes, f[i], scaled[start:], skip, left_out[i])
+
+
+@inline
 def softmax_rows(x, out, r, scratch, first, n, plan):
     buffer, line, kept = row_scratch(scratch)
     scaled = kept[plan.summed * plan.num_classes + CHUNK :]
     ahead = min(n * plan.row_step, AHEAD)
-    top = exp_rows(x, kept, first, n, plan, buffer, ahead)
+    if exp_rows_of_softmax(x, r, kept, first, n, plan, buffer, ahead):
+        for i in range(n):
+            if r[OWN + i] != 0.0:
+                r[OTHERS + i] = exp_row(
+                    x, (first + i) * plan.row_step, -1, largest_of_row(x, first + i, plan, buffer),
+                    True, kept[i * plan.num_classes :], plan, buffer, line, ahead,
+                )  # fmt: skip
+    divide_rows(out, r, kept, scaled, first, n, plan)
+
+
+@inline
+def exp_rows_of_softmax(x, r, kept, first, n, plan, buffer, ahead):
+    """Exponentials in common units and their sums; how many rows these are not for."""
+    exp_rows(x, kept, first, n, plan, buffer, ahead)
+    sum_rows(kept, r, n, plan.num_classes)
     for i in range(n):
-        r[OTHERS + i] = sum_row(kept[i * plan.num_classes :], plan.num_classes)
+        r[TARGET_EXP + i] = r[OTHERS + i]
+        r[ROW_WEIGHT + i] = 1.0
+        r[TARGET_WEIGHT + i] = 1.0
+    return find_untamed(r, n, 1.0, kept)
+
+
+@inline
+def divide_rows(out, r, kept, scaled, first, n, plan):
     for i in range(n):
-        total = r[OTHERS + i]
-        if not is_tame(x, first + i, 2.0 * total, total, top, 1.0, plan, buffer):
-            r[OTHERS + i] = exp_row(
-                x, (first + i) * plan.row_step, -1, largest_of_row(x, first + i, plan, buffer),
-                True, kept[i * plan.num_classes :], plan, buffer, line, ahead,
-            )  # fmt: skip
-    for i in range(n):
-        start = i * plan.num_classes
-        e = kept[start : start + plan.num_classes]
-        f = narrow_factor(e, 1.0 / (r[OTHERS + i] * np.float64(power_of(e))))
-        scale_kept(kept[start:], plan.num_classes, f, scaled[start:])
+        r[FACTOR + i] = 1.0 / (r[OTHERS + i] * np.float64(power_of(kept)))
+        r[INDEX + i] = -1.0
+    scale_rows(kept, r, n, plan.num_classes, scaled)
     store_rows(out, first, scaled, n, plan)
 
 
@@ -255,19 +313,21 @@ def reduce_rows(
     buffer, line, kept = row_scratch(scratch)
     ahead = min(n * plan.row_step, AHEAD)
     apart = asks_all_scores(soft, options)
-    top = buffer.dtype.type(0)
-    if target is not None and not apart:
-        top = exp_rows(x, kept, first, n, plan, buffer, ahead)
-        take_targets(x, r, kept, first, n, plan)
+    if target is not None:  # known before types are inferred
+        untamed = (
+            0
+            if apart
+            else exp_rows_from_target(x, r, kept, first, n, plan, buffer, ahead, options, scale)
+        )
+        if not apart and not untamed:
+            return
     for i in range(n):
-        if r[ROW_WEIGHT + i] == 0.0:
+        if apart and r[ROW_WEIGHT + i] == 0.0:
             for field in (OTHERS, TARGET_LOGIT, GAP, MASS, TOP_MASS, MAXIMUM, INDEX):
                 r[field + i] = 0.0
             r[TOP + i] = 1.0
             r[TARGET_EXP + i] = 1.0
-            continue
-        least, w = r[TARGET_EXP + i], r[ROW_WEIGHT + i] * r[TARGET_WEIGHT + i] * scale
-        if apart or not is_tame(x, first + i, r[OTHERS + i] + least, least, top, w, plan, buffer):
+        elif apart or r[OWN + i] != 0.0:
             reduce_row(
                 x, soft, r, i, kept[i * plan.num_classes :], first + i, plan, weight,
                 largest_weight, options, buffer, line, ahead,
@@ -275,20 +335,35 @@ def reduce_rows(
 
 
 @inline
-def take_targets(x, r, kept, first, n, plan):
-    """Take the targets out of the exponentials, and be their reference; sum up the rest."""
+def exp_rows_from_target(x, r, kept, first, n, plan, buffer, ahead, options, scale):
+    """Exponentials in common units, and sums of them; how many rows these are not for."""
+    exp_rows(x, kept, first, n, plan, buffer, ahead)
+    take_targets(kept, r, n, plan.num_classes)
+    sum_rows(kept, r, n, plan.num_classes)
+    untamed = find_untamed(r, n, scale, kept)
     for i in range(n):
-        index = int(r[INDEX + i])
-        target_logit = np.float64(load_one(x, (first + i) * plan.row_step + index, plan.storage))
-        r[TARGET_LOGIT + i] = target_logit
-        r[MAXIMUM + i] = target_logit
-        target_exp = np.float64(kept[i * plan.num_classes + index])
-        r[TARGET_EXP + i] = target_exp
-        r[TOP + i] = target_exp
+        r[TARGET_LOGIT + i] = 0.0
+        r[MAXIMUM + i] = 0.0
         r[GAP + i] = 0.0
-        kept[i * plan.num_classes + index] = 0
+        r[TOP + i] = r[TARGET_EXP + i]
+    if z_loss_of(options) != 0.0:
+        for i in range(n):
+            start = (first + i) * plan.row_step
+            r[TARGET_LOGIT + i] = load_one(x, start + int(r[INDEX + i]), plan.storage)
+            r[MAXIMUM + i] = r[TARGET_LOGIT + i]
+    return untamed
+
+
+@inline
+def take_targets(kept, r, n, num_classes):
+    """Take the targets out of the exponentials."""
+    target_exp = lanes(kept)  # numbers put one by one are read as vectors: once, not field by field
     for i in range(n):
-        r[OTHERS + i] = sum_row(kept[i * plan.num_classes :], plan.num_classes)
+        place = i * num_classes + int(r[INDEX + i])
+        target_exp[i] = kept[place]
+        kept[place] = 0
+    for i in range(n):
+        r[TARGET_EXP + i] = target_exp[i]
 
 
 @inline
@@ -349,26 +424,29 @@ def gaps_of_row(x, soft, start, m, r, i, plan, weight, largest_weight, options, 
 def write_rows(out, soft, r, scratch, first, n, plan, weight, largest_weight, options):
     """The last stage of cross-entropy: from the exponentials that were kept to the gradient."""
     buffer, _, kept = row_scratch(scratch)
-    scaled = kept[plan.summed * plan.num_classes + CHUNK :]
     if not asks_all_scores(soft, options):
-        for i in range(n):
-            start = i * plan.num_classes
-            f = narrow_factor(kept[start : start + plan.num_classes], r[FACTOR + i])
-            scale_kept(kept[start:], plan.num_classes, f, scaled[start:])
-        for i in range(n):
-            start = i * plan.num_classes
-            if r[ROW_WEIGHT + i] == 0.0:
-                for c in range(plan.num_classes):
-                    scaled[start + c] = 0
-            else:
-                scaled[start + int(r[INDEX + i])] = r[LEFT_OUT + i]
-        store_rows(out, first, scaled, n, plan)
+        scaled = kept[plan.summed * plan.num_classes + CHUNK :]
+        write_plain_rows(out, r, kept, scaled, first, n, plan)
     elif options is not None:
         for i in range(n):
             e = kept[i * plan.num_classes : (i + 1) * plan.num_classes]
             start = (first + i) * plan.row_step
             write_row(e, soft, start, r, i, plan, weight, largest_weight, options, buffer)
         store_rows(out, first, kept, n, plan)
+
+
+@inline
+def write_plain_rows(out, r, kept, scaled, first, n, plan):
+    dead = 0
+    scale_rows(kept, r, n, plan.num_classes, scaled)
+    for i in range(n):
+        dead += r[ROW_WEIGHT + i] == 0.0
+    if dead:
+        for i in range(n):
+            if r[ROW_WEIGHT + i] == 0.0:
+                for c in range(i * plan.num_classes, (i + 1) * plan.num_classes):
+                    scaled[c] = 0
+    store_rows(out, first, scaled, n, plan)
 
 
 @inline

@@ -16,7 +16,7 @@ from numba import types
 from fastloss._numba.arithmetic import (
     common_magic,
     exponential,
-    in_common_units,
+    highest_of,
     log1p,
     lowest_of,
     magic_of,
@@ -25,7 +25,7 @@ from fastloss._numba.arithmetic import (
     times,
     tiny_of,
 )
-from fastloss._numba.blocks import holds_nan
+from fastloss._numba.blocks import below, holds_nan
 from fastloss._numba.jit import inline, spliced, typed
 from fastloss._numba.losses import (
     add_exponentials,
@@ -33,9 +33,11 @@ from fastloss._numba.losses import (
     label_smoothing_of,
     z_loss_of,
 )
-from fastloss._numba.machine import lanes, transpose
+from fastloss._numba.machine import eight_lanes, lanes, transpose
 from fastloss._numba.memory import carry_of, copy, fetch, load_block, load_into, store, store_run
+from fastloss._numba.rows import find_untamed
 from fastloss._numba.types import (
+    EIGHT,
     FACTOR,
     FIELDS,
     GAP,
@@ -190,31 +192,18 @@ def take_units(r, own):
 
 
 @inline
-def find_untamed(r, scale, like):
-    """The lanes that common units are not for are to have their own; how many there are."""
-    found = 0
-    for j in range(LANES):
-        least = r[TARGET_EXP + j]
-        weight = r[ROW_WEIGHT + j] * r[TARGET_WEIGHT + j] * scale
-        tame = in_common_units(r[OTHERS + j] + least, least, r[MAXIMUM + j], weight, like)
-        r[OWN + j] = 0.0 if tame | (r[ROW_WEIGHT + j] == 0.0) else 1.0
-    for j in range(LANES):
-        found += r[OWN + j] != 0.0
-    return found
+def exp_tile(tile, skip, e, keep, r, x, later, plan, wide):
+    """The exponentials, if keep in e, in units of MAXIMUM or, by OWN, common ones; and their sums.
 
-
-@inline
-def exp_tile(tile, skip, e, keep, r, x, later, plan):
-    """The exponentials, if keep in e, and their sums; also the largest scores, NaN left aside.
-
-    If skip, the sums are without class INDEX.  e may be the tile.
+    If skip, the sums are without class INDEX.  They are those of sum_rows, or, if wide, more exact.
+    e may be the tile.
     Meanwhile the scores of the tile from row `later` on are fetched, so that memory is never idle.
     """
     pivot, magic = lanes(tile), lanes(tile)
     num_classes, inner, step = plan.num_classes, plan.inner, plan.step
     real = tile.dtype.type
-    lowest, value, lane, index = lanes(tile), lanes(tile), lanes(tile), lanes(tile)
-    largest = lanes(tile)
+    lowest, highest, value, index = lanes(tile), lanes(tile), lanes(tile), lanes(tile)
+    parts = eight_lanes(tile)
     total = lanes(r)
     apart = LANES if inner == 1 else inner
     o, i = divmod(later, inner)
@@ -224,32 +213,51 @@ def exp_tile(tile, skip, e, keep, r, x, later, plan):
         pivot[j] = pivot_of(m) if own else real(0)
         magic[j] = magic_of(m) if own else common_magic(tile)
         lowest[j] = lowest_of(magic[j])
-        largest[j] = -np.inf
-        lane[j] = 0
+        highest[j] = np.inf if own else highest_of(tile)
         total[j] = 0.0
     for j in range(LANES):
         index[j] = r[INDEX + j] if skip else -1.0
+    for j in range(EIGHT * LANES):
+        parts[j] = 0
     for c in range(num_classes):
         row = tile[c * step : c * step + LANES]
         number = real(c)
         fetch(x, start + c * apart, LANES)
+        part = parts[((c - num_classes) & (EIGHT - 1)) * LANES :][:LANES]
         for j in range(LANES):
-            largest[j] = row[j] if row[j] > largest[j] else largest[j]
+            value[j] = below(row[j], highest[j])
         for j in range(LANES):
-            value[j] = exponential(row[j], pivot[j], magic[j], lowest[j])
+            value[j] = exponential(value[j], pivot[j], magic[j], lowest[j])
         for j in range(LANES):
-            lane[j] += real(0) if index[j] == number else value[j]
+            part[j] += real(0) if index[j] == number else value[j]
         if keep:
             to = e[c * step : c * step + LANES]
             for j in range(LANES):
                 to[j] = value[j]
-        if c % RUN == RUN - 1 or c == num_classes - 1:  # long sums in float64
-            for j in range(LANES):
-                total[j] += np.float64(lane[j])
-                lane[j] = 0
+        if (num_classes - 1 - c) % (RUN * EIGHT) == 0:  # long sums in float64
+            if wide:
+                for j in range(LANES):
+                    total[j] += fold_eight(parts, j, np.float64)
+            else:
+                for j in range(LANES):
+                    total[j] += np.float64(fold_eight(parts, j, real))
+            for j in range(EIGHT * LANES):
+                parts[j] = 0
     for j in range(LANES):
-        r[MAXIMUM + j] = largest[j]
         r[OTHERS + j] = total[j]
+
+
+@inline
+def fold_eight(parts, j, real):
+    """As sum_eight, of the parts of a lane."""
+    even = fold_four(parts[j:], real)
+    return even + fold_four(parts[j + LANES :], real)
+
+
+@inline
+def fold_four(parts, real):
+    low = real(parts[0]) + real(parts[4 * LANES])
+    return low + (real(parts[2 * LANES]) + real(parts[6 * LANES]))
 
 
 @inline
@@ -274,13 +282,15 @@ def narrow_factors(tile, f, r, plan):
 def softmax_tile(tile, e, r, x, later, plan):
     f = lanes(tile)
     take_units(r, 0.0)
-    exp_tile(tile, False, e, True, r, x, later, plan)
+    exp_tile(tile, False, e, True, r, x, later, plan, False)
     for j in range(LANES):
         r[TARGET_EXP + j] = r[OTHERS + j]
         r[ROW_WEIGHT + j] = 1.0
         r[TARGET_WEIGHT + j] = 1.0
-    if find_untamed(r, 1.0, tile):
-        exp_tile(tile, False, e, True, r, x, later, plan)
+    untamed = find_untamed(r, LANES, 1.0, tile)
+    if untamed:
+        largest_in_lanes(tile, r, plan)
+        exp_tile(tile, False, e, True, r, x, later, plan, False)
     for j in range(LANES):
         f[j] = 1.0 / r[OTHERS + j]
     for c in range(plan.num_classes):
@@ -288,6 +298,7 @@ def softmax_tile(tile, e, r, x, later, plan):
         exponentials = e[c * plan.step : c * plan.step + LANES]
         for j in range(LANES):
             row[j] = exponentials[j] * f[j]
+    return untamed
 
 
 @inline
@@ -331,13 +342,15 @@ def reduce_tile(
         r[TARGET_WEIGHT + j] = 0.0
     clear_dead_lanes(tile, r, plan)
     apart = asks_all_scores(soft, options)
+    untamed = 0
     if target is not None and not apart:
-        exp_tile_from_target(tile, other, r, x, later, plan, options, scale)
+        untamed = exp_tile_from_target(tile, other, r, x, later, plan, options, scale)
     if options is not None and apart:
         largest_in_lanes(tile, r, plan)
         gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options)
         take_target_logits(tile, r, plan)
         exp_tile_from_maximum(tile, True, tile, True, r, x, later, plan)
+    return untamed
 
 
 @inline
@@ -350,7 +363,7 @@ def take_target_logits(tile, r, plan):
 def exp_tile_from_maximum(tile, skip, e, keep, r, x, later, plan):
     """exp_tile in units of each row, and what add_exponentials says."""
     take_units(r, 1.0)
-    exp_tile(tile, skip, e, keep, r, x, later, plan)
+    exp_tile(tile, skip, e, keep, r, x, later, plan, True)
     add_exponentials(r, LANES, tile)
 
 
@@ -358,11 +371,12 @@ def exp_tile_from_maximum(tile, skip, e, keep, r, x, later, plan):
 def exp_tile_from_target(tile, e, r, x, later, plan, options, scale):
     """exp_tile in common units, with the target as what others are related to, where that does."""
     take_units(r, 0.0)
-    exp_tile(tile, True, e, True, r, x, later, plan)
+    exp_tile(tile, True, e, True, r, x, later, plan, False)
     take_target_exps(e, r, plan)
-    untamed = find_untamed(r, scale, tile)
+    untamed = find_untamed(r, LANES, scale, tile)
     if untamed:
-        exp_tile(tile, True, e, True, r, x, later, plan)
+        largest_in_lanes(tile, r, plan)
+        exp_tile(tile, True, e, True, r, x, later, plan, False)
         take_target_exps(e, r, plan)
     if untamed or z_loss_of(options) != 0.0:
         take_target_logits(tile, r, plan)
@@ -376,6 +390,7 @@ def exp_tile_from_target(tile, e, r, x, later, plan, options, scale):
         r[TOP + j] = r[TARGET_EXP + j]
     if untamed:
         take_tops(r, tile)
+    return untamed
 
 
 @inline

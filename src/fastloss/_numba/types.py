@@ -6,6 +6,7 @@ LANES = 64  # samples in a tile
 CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
 STEP = 16  # classes of a short row that are taken at a time
 BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
+EIGHT = 8  # rows of at most SHORT_ROW classes are added up in as many parts
 RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
 SHORT_ROW = 300  # rows of at most so many classes go into tiles
 GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
