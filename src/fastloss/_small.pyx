@@ -10,6 +10,7 @@ ways to the same results.
 """
 
 cimport numpy as cnp
+from libc.stdint cimport int32_t, int64_t
 
 from fastloss._backend import resolve
 from fastloss._contract import Labels, Options
@@ -20,6 +21,7 @@ cnp.import_array()
 cdef Py_ssize_t elements_of_many_threads = PARALLEL_ELEMENTS
 cdef dict defaults = Options._field_defaults
 cdef object no_options = Options()
+cdef int64_t ignored = no_options.ignore_index
 cdef object new_tuple = tuple.__new__  # in a third of the time that a named one takes by name
 
 
@@ -56,10 +58,10 @@ def loss(
         return None
     kernels = resolve(backend)
     x = rows_of(scores)
-    labels = new_tuple(Labels, (entries_of(target), None, None))
-    bad, total_weight = kernels.check_target(labels, no_options, x.shape[1], 1)
-    if bad >= 0 or total_weight == 0.0:
+    total_weight = count_of(target, x.shape[1])
+    if total_weight <= 0.0:
         return None
+    labels = new_tuple(Labels, (entries_of(target), None, None))
     if with_grad:
         grad = empty(scores, scores.ndim) if out is None else out
     total = getattr(kernels, name)(
@@ -94,9 +96,32 @@ cdef bint is_target(array, cnp.ndarray scores):
         return False
     a = array
     return (
-        a.ndim == scores.ndim - 1 and cnp.PyArray_ISINTEGER(a) and cnp.PyArray_ISCARRAY_RO(a)
+        a.ndim == scores.ndim - 1 and cnp.PyArray_ISSIGNED(a) and cnp.PyArray_ISINTEGER(a)
+        and a.itemsize >= 4 and cnp.PyArray_ISCARRAY_RO(a)
         and cnp.PyArray_CompareLists(a.shape, scores.shape, a.ndim)
     )
+
+
+ctypedef fused integer:
+    int32_t
+    int64_t
+
+
+cdef Py_ssize_t count(const integer* target, Py_ssize_t n, Py_ssize_t num_classes) noexcept:
+    """The targets that are not ignored; -1 if one is out of range."""
+    cdef Py_ssize_t i, used = 0
+    for i in range(n):
+        if 0 <= target[i] < num_classes:
+            used += 1
+        elif target[i] != ignored:
+            return -1
+    return used
+
+
+cdef Py_ssize_t count_of(cnp.ndarray target, Py_ssize_t num_classes) noexcept:
+    if target.itemsize == 4:
+        return count(<const int32_t*>cnp.PyArray_DATA(target), target.size, num_classes)
+    return count(<const int64_t*>cnp.PyArray_DATA(target), target.size, num_classes)
 
 
 cdef bint may_write(out, cnp.ndarray like, int ndim):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import threading
 
 import numba
@@ -415,7 +416,7 @@ def softmax(logits, out, num_threads):
     plan, units, threads = plan_of(SOFTMAX, logits, out, num_threads)
     x = _flat(logits)
     arguments = (x, _flat_out(out), tuple(plan), *_scratch(logits, plan, threads),
-                 _turned(x, plan, threads), _fields(logits, plan, threads))  # fmt: skip
+                 _turned(x, plan, threads), _fields(plan, threads))  # fmt: skip
     _run(softmax_share, arguments, units, threads)
 
 
@@ -431,7 +432,7 @@ def _log_softmax(operation, logits, out, num_threads):
     plan, units, threads = plan_of(operation, logits, out, num_threads)
     x = _flat(logits)
     arguments = (x, _flat_out(out), tuple(plan), *_scratch(logits, plan, threads),
-                 _turned(x, plan, threads), _fields(logits, plan, threads))  # fmt: skip
+                 _turned(x, plan, threads), _fields(plan, threads))  # fmt: skip
     _run(log_softmax_share, arguments, units, threads)
 
 
@@ -448,7 +449,7 @@ def _backward(operation, grad_output, forward, out, num_threads):
     g, p = _flat(grad_output), _flat(forward)
     arguments = (g, p, _flat_out(out), tuple(plan), *_scratch(forward, plan, threads),
                  _turned(p, plan, threads), _turned(g, plan, threads),
-                 _fields(forward, plan, threads))  # fmt: skip
+                 _fields(plan, threads))  # fmt: skip
     _run(backward_share, arguments, units, threads)
 
 
@@ -491,7 +492,7 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
         x, target, soft, *_weights(labels), *_relative(labels.weight, logits), weight_sum,
         tuple(plan), options.ignore_index, given, scale, *_outputs(logits, losses, grad),
         *_scratch(logits, plan, threads), _turned(x, plan, threads), turned_soft,
-        _fields(logits, plan, threads), partial,
+        _fields(plan, threads), partial,
     )  # fmt: skip
     _run(cross_entropy_share, arguments, units, threads)
     return _total(partial)
@@ -583,7 +584,23 @@ def _outputs(logits, losses, grad):
 
 def plan_of(operation, array, out, num_threads, other=None):
     """The plan, how many units of work it makes, and how many threads they are for."""
-    outer, num_classes, inner = array.shape
+    # In place, what is written is in the cache already.
+    stream = (
+        operation != LOGSUMEXP
+        and out is not None
+        and out.nbytes >= STREAM_BYTES
+        and not np.may_share_memory(array, out)
+    )
+    storage = storage_of(array)
+    other_storage = storage if other is None else storage_of(other)
+    plan = _plan_of(operation, array.shape, storage, other_storage, stream)
+    units = -(-plan.rows // plan.group)
+    return plan, units, min(num_threads, units)
+
+
+@functools.lru_cache  # small calls come again and again
+def _plan_of(operation, shape, storage, other_storage, stream):
+    outer, num_classes, inner = shape
     rows = outer * inner
     group = summed = step = LANES
     row_step = num_classes
@@ -593,6 +610,7 @@ def plan_of(operation, array, out, num_threads, other=None):
         if inner > 1 and tiles > 1:
             group = LANES * tiles
             step = group + LINE // 4  # else classes fall on the same sets of the cache
+        numbers = tile_numbers.py_func(num_classes, step)
     else:
         layout = ROWS
         while summed > 1 and summed * num_classes > GROUP:
@@ -603,19 +621,12 @@ def plan_of(operation, array, out, num_threads, other=None):
             group = min(max(TURNED // num_classes // TURN * TURN, TURN), LANES)
             # An odd number of lines: else rows fall on the same sets.
             row_step = -(-num_classes // (2 * TURN)) * 2 * TURN + TURN
-    # In place, what is written is in the cache already.
-    stream = (
-        operation != LOGSUMEXP
-        and out is not None
-        and out.nbytes >= STREAM_BYTES
-        and not np.may_share_memory(array, out)
-    )
-    storage = storage_of(array)
-    other_storage = storage if other is None else storage_of(other)
-    plan = Plan(operation, rows, num_classes, inner, layout, storage, other_storage, stream,
-                summed, group, row_step, step)  # fmt: skip
-    units = -(-rows // group)
-    return plan, units, min(num_threads, units)
+        numbers = row_numbers.py_func(num_classes, summed)
+    carries = num_classes if stream and inner > 1 and storage in (FLOAT32, FLOAT64) else 0
+    numbers += carries * (LINE // (8 if storage == FLOAT64 else 4))
+    numbers += -numbers % 16  # threads do not share a cache line
+    return Plan(operation, rows, num_classes, inner, layout, storage, other_storage, stream,
+                summed, group, row_step, step, carries, numbers)  # fmt: skip
 
 
 def _scratch(array, plan, threads):
@@ -623,24 +634,12 @@ def _scratch(array, plan, threads):
 
     Taken here, so that want of memory is an error and no crash.
     """
-    tiled = plan.layout == TILES
-    if tiled:
-        size = tile_numbers.py_func(plan.num_classes, plan.step)
-    else:
-        size = row_numbers.py_func(plan.num_classes, plan.summed)
-    size += _carries(array, plan) * (LINE // array.itemsize)
-    size += -size % 16  # threads do not share a cache line
-    scratch = np.empty((max(threads, 1), size), _compute_dtype(array))
-    return (scratch, None) if tiled else (None, scratch)
+    scratch = np.empty((max(threads, 1), plan.numbers), _compute_dtype(array))
+    return (scratch, None) if plan.layout == TILES else (None, scratch)
 
 
-def _carries(array, plan):
-    """The runs of output that may end within a cache line."""
-    return plan.num_classes if plan.stream and plan.inner > 1 and array.itemsize != 2 else 0
-
-
-def _fields(array, plan, threads):
-    return np.empty((max(threads, 1), FIELDS + _carries(array, plan)))
+def _fields(plan, threads):
+    return np.empty((max(threads, 1), FIELDS + plan.carries))
 
 
 def _turned(flat, plan, threads):

@@ -50,6 +50,8 @@ class Plan(NamedTuple):
     group: int  # rows in a unit of work
     row_step: int  # from a row to the next
     step: int  # from a class to the next in the tiles of a unit
+    carries: int  # runs of output that may end within a cache line
+    numbers: int  # that a thread needs of scratch
 
 
 # The fields of a unit's rows, each LANES numbers in a float64 array.  In:
