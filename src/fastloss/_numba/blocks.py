@@ -11,9 +11,9 @@ from fastloss._numba.arithmetic import (
     times,
 )
 from fastloss._numba.jit import inline, summing, typed
-from fastloss._numba.machine import add_step, lanes, scale_step, sum_lanes
+from fastloss._numba.machine import add_step, lanes, scale_eight, scale_four, scale_step, sum_lanes
 from fastloss._numba.memory import fetch
-from fastloss._numba.types import CHUNK, LANES, STEP
+from fastloss._numba.types import CHUNK, EIGHT, LANES, STEP
 
 
 @inline
@@ -195,8 +195,13 @@ def sum_kept(e, n):
 def scale_kept(e, n, f, to, skip, left_out):
     """n products of f, at skip left_out, in whole steps; the next row writes over the rest."""
     # left_out in passing: a number put by itself would hold up who then reads vectors.
-    for i in range(0, n, STEP):
-        scale_step(e, i, f, to, skip, left_out)
+    if n <= 4:  # the less is written beyond, the sooner it can be read
+        scale_four(e, 0, f, to, skip, left_out)
+    elif n <= EIGHT:
+        scale_eight(e, 0, f, to, skip, left_out)
+    else:
+        for i in range(0, n, STEP):
+            scale_step(e, i, f, to, skip, left_out)
 
 
 @summing

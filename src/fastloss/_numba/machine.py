@@ -107,9 +107,9 @@ def _splat(builder, value, count=STEP):
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
 
 
-def _numbers(size):
+def _numbers(size, count=STEP):
     """0, 1, 2 ... in integers of so many bytes."""
-    return ir.Constant(ir.VectorType(ir.IntType(8 * size), STEP), list(range(STEP)))
+    return ir.Constant(ir.VectorType(ir.IntType(8 * size), count), list(range(count)))
 
 
 def _narrow(builder, number, size):
@@ -137,24 +137,38 @@ def sum_lanes(typing_context, lane):
 
 
 # Loops over so few numbers are unrolled before they are vectorised, and then are not any more.
-@intrinsic
-def scale_step(typing_context, e, start, f, to, skip, left_out):
-    """STEP numbers of e from start on, times f, to the same place of `to`; at skip left_out."""
+def _scale(e_type, to_type, count):
+    """`count` numbers of e from start on, times f, to the same place of `to`; at skip left_out."""
 
     def generate(context, builder, signature, arguments):
-        e_type, _, _, to_type, _, _ = signature.args
         e, start, f, to, skip, left_out = arguments
-        source, scalar, _ = _vector_at(context, builder, e_type, e, start)
-        target, _, _ = _vector_at(context, builder, to_type, to, start)
+        source, scalar, _ = _vector_at(context, builder, e_type, e, start, count)
+        target, _, _ = _vector_at(context, builder, to_type, to, start, count)
         size = context.get_abi_sizeof(scalar)
-        product = builder.fmul(builder.load(source, align=size), _splat(builder, f))
-        hole = _splat(builder, _narrow(builder, builder.sub(skip, start), size))
-        is_hole = builder.icmp_signed("==", _numbers(size), hole)
-        product = builder.select(is_hole, _splat(builder, left_out), product)
+        product = builder.fmul(builder.load(source, align=size), _splat(builder, f, count))
+        hole = _splat(builder, _narrow(builder, builder.sub(skip, start), size), count)
+        is_hole = builder.icmp_signed("==", _numbers(size, count), hole)
+        product = builder.select(is_hole, _splat(builder, left_out, count), product)
         builder.store(product, target, align=size)
         return context.get_dummy_value()
 
-    return types.none(e, types.intp, e.dtype, to, types.intp, e.dtype), generate
+    real = e_type.dtype
+    return types.none(e_type, types.intp, real, to_type, types.intp, real), generate
+
+
+@intrinsic
+def scale_step(typing_context, e, start, f, to, skip, left_out):
+    return _scale(e, to, STEP)
+
+
+@intrinsic
+def scale_four(typing_context, e, start, f, to, skip, left_out):
+    return _scale(e, to, 4)
+
+
+@intrinsic
+def scale_eight(typing_context, e, start, f, to, skip, left_out):
+    return _scale(e, to, EIGHT)
 
 
 @intrinsic
