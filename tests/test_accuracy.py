@@ -210,8 +210,11 @@ def test_long_sums_leave_float32_in_time(operation, num_classes, backend):
     function, arguments, options, expected = equal_terms(operation, num_classes)
     results = function(*arguments, **options, backend=backend)
     results = results if isinstance(results, tuple) else (results,)
+    # 300 exponentials in eight sums that never leave float32 would be off by 6e-7.
+    tight = num_classes == 300 and operation in ("softmax", "cross_entropy_with_grad")
+    rtol = 4e-7 if tight else 1e-6
     for result, right in zip(results, expected, strict=True):
-        np.testing.assert_allclose(result, right.astype(float), rtol=1e-6, atol=1e-14)
+        np.testing.assert_allclose(result, right.astype(float), rtol=rtol, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
