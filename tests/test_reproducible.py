@@ -66,6 +66,47 @@ def test_alone_or_in_any_batch(case, dtype, num_classes, backend):
         check_part(case, layout, whole, slice(start, stop), batch, backend)
 
 
+MIXED = [2, 3, 8, 10, 33, 47, 48, 100, 128, 129, 300, 301, 1000]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("num_classes", MIXED)
+def test_beside_rows_of_any_kind(num_classes, dtype, backend):
+    """In reversed order, in parts and alone, whichever axis the classes are."""
+    scores, target = rows_of_all_kinds(num_classes, dtype)
+    n = len(scores)
+    whole = results_for(scores, target, 1, backend)
+    parts = [slice(None, None, -1), *(slice(i, i + k) for k in (1, 7) for i in range(0, n, k))]
+    for axis in [1] if backend == "numpy" else [0, 1]:  # NumPy adds up in an order by the layout
+        for part in parts:
+            results = results_for(scores[part], target[part], axis, backend)
+            assert bits(results) == bits(result[part] for result in whole)
+
+
+def rows_of_all_kinds(num_classes, dtype, n=84):
+    """Runs of alike rows with others among them: tame, too high or low to be, NaN and -inf."""
+    rng = np.random.default_rng(num_classes)
+    high, low = (44, -14) if dtype.itemsize == 4 else (340, -300)
+    level = np.repeat(rng.choice([0, high, low, 1e4, -np.inf, np.nan], n // 7), 7)
+    level = np.where(rng.random(n) < 0.2, rng.choice([0, high, low, -1e4], n), level)
+    scores = 3 * rng.standard_normal((n, num_classes)) + level[:, None]
+    return scores.astype(dtype), rng.integers(0, num_classes, n)
+
+
+def results_for(scores, target, axis, backend):
+    """Rows of what softmax and cross_entropy_with_grad return, NaN being NaN."""
+    scores = np.ascontiguousarray(scores.T if axis == 0 else scores)
+    probs = fl.softmax(scores, axis, backend=backend)
+    losses, grad = fl.cross_entropy_with_grad(
+        scores, target, axis=axis, reduction="none", backend=backend
+    )
+    _, summed = fl.cross_entropy_with_grad(
+        scores, target, axis=axis, reduction="sum", backend=backend
+    )
+    results = [losses, *(a.T if axis == 0 else a for a in (probs, grad, summed))]
+    return [np.where(np.isnan(a), np.nan, a) for a in results]
+
+
 # Along inner axes: one tile and a bit; with more rows two to four tiles beside each other.
 INNER = [(3, 8200, FLOATS[0]), (65, 4100, FLOATS[0]), (400, 70, FLOATS[0]), (2049, 66, FLOATS[0])]
 INNER += [(3, 150, dtype) for dtype in [FLOATS[1], *HALVES]] + [(400, 66, FLOATS[1])]
