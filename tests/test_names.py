@@ -52,6 +52,10 @@ ALONE = {
     "short rows are a layout in Cython, and a way to take a tile in Numba": {
         "is_short", "short_unit", "exp_rows_of_softmax", "divide_rows", "write_plain_rows",
     },
+    "backward functions of short rows are one run in Cython alone": {
+        "spread_sixteen", "backward_run", "backward_part", "terms_of_run", "finish_run",
+        "parts_of", "part_of", "fold_row_parts",
+    },
     "picked out one by one, where LLVM makes less of a mask": {"take_target_exps"},
     "LLVM unrolls short loops before it would vectorise them": {
         "add_step", "scale_step", "scale_four", "scale_eight", "scale_kept", "sum_lanes",

@@ -90,11 +90,14 @@ def rows_of_all_kinds(num_classes, dtype, n=84):
     level = np.repeat(rng.choice([0, high, low, 1e4, -np.inf, np.nan], n // 7), 7)
     level = np.where(rng.random(n) < 0.2, rng.choice([0, high, low, -1e4], n), level)
     scores = 3 * rng.standard_normal((n, num_classes)) + level[:, None]
+    scores[0] = -0.0
     return scores.astype(dtype), rng.integers(0, num_classes, n)
 
 
 def results_for(scores, target, axis, backend):
-    """Rows of what softmax and cross_entropy_with_grad return, NaN being NaN."""
+    """Rows of what softmax, cross_entropy_with_grad and the backward functions return, NaN being
+    NaN. The scores pass for log-probabilities, and powers of them for upstream gradients.
+    """
     scores = np.ascontiguousarray(scores.T if axis == 0 else scores)
     probs = fl.softmax(scores, axis, backend=backend)
     losses, grad = fl.cross_entropy_with_grad(
@@ -103,7 +106,11 @@ def results_for(scores, target, axis, backend):
     _, summed = fl.cross_entropy_with_grad(
         scores, target, axis=axis, reduction="sum", backend=backend
     )
-    results = [losses, *(a.T if axis == 0 else a for a in (probs, grad, summed))]
+    upstream = scores ** (9 if scores.dtype.itemsize == 4 else 75)  # of 1e4: a sum out of range
+    back = fl.softmax_backward(upstream, probs, axis, backend=backend)
+    log_back = fl.log_softmax_backward(upstream, scores, axis, backend=backend)
+    gradients = (probs, grad, summed, back, log_back)
+    results = [losses, *(a.T if axis == 0 else a for a in gradients)]
     return [np.where(np.isnan(a), np.nan, a) for a in results]
 
 

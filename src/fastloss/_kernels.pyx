@@ -32,7 +32,8 @@ Where units are common, others are related to the target itself: a loss is log1p
 0 * inf counts as 0.
 
 The hot loops are those over CHUNK or LANES in largest, exp_run, exp_block, exp_tile, write_tile and
-transpose, sum_eight and scale_sixteen, and those of scale_row, plain_step and cross_entropy_step.
+transpose, sum_eight, scale_sixteen and spread_sixteen, and those of scale_row, terms_of_run,
+finish_run, plain_step and cross_entropy_step.
 In the assembly (objdump -d) they must be straight runs of packed instructions, zmm registers in the
 v4 build and ymm in v3, without a call, a scalar instruction or a gather.  exp_run is bound by its
 10 multiplications per vector, its minimum and maximum being one instruction each; all else must
@@ -154,7 +155,9 @@ cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
     job.group = job.summed = job.step = LANES
     job.row_step = C
     job.layout = TILES if C <= SHORT_ROW else ROWS if job.inner == 1 else COLUMNS
-    if job.inner == 1 and is_flat(job, operation):
+    if job.inner == 1 and (
+        is_flat(job, operation) or (is_backward(operation) and not adds_as_rows(job))
+    ):
         job.layout = ROWS
     if is_nll(operation):
         job.numbers = 1

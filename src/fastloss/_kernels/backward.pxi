@@ -1,6 +1,6 @@
-# The backward functions, of rows and of tiles. softmax_backward: p (g - sum g p);
-# log_softmax_backward: g - exp(l) sum g. A sum too large for the compute type is taken anew, in
-# float64 and in units of 1 / HUGE_UNIT.
+# The backward functions, of rows, of short ones as a run, and of tiles. softmax_backward:
+# p (g - sum g p); log_softmax_backward: g - exp(l) sum g. A sum too large for the compute type is
+# taken anew, in float64 and in units of 1 / HUGE_UNIT.
 
 cdef inline real reference_above(real maximum) noexcept nogil:
     """Log-probabilities are at most 0, but the formulas hold for any: a reference for both."""
@@ -120,6 +120,94 @@ cdef void backward_rows(
     store_rows(job, first, n, kept)
 
 
+cdef bint backward_run(
+    const Job* job, Operation operation, Py_ssize_t unit, real* scratch
+) noexcept nogil:
+    """Short rows as one run. False, and nothing done, if one asks for a scale of its own: by its
+    sum or, of log-probabilities, by one above 0."""
+    cdef real* kept = scratch + 2 * BLOCK
+    cdef Py_ssize_t C = job.num_classes, i, first = unit * job.group, n = rows_in_unit(job, unit)
+    cdef Py_ssize_t rows = LANES if LANES * C <= CACHED else 16
+    for i in range((n + rows - 1) // rows):
+        if not backward_part(job, operation, first + i * rows, min(n - i * rows, rows),
+                             kept + i * rows * C, scratch):
+            return False
+    store(job, first * C, n * C, kept)
+    return True
+
+
+cdef bint backward_part(
+    const Job* job, Operation operation, Py_ssize_t first, Py_ssize_t n, real* kept, real* scratch
+) noexcept nogil:
+    """backward_run of rows that stay in the nearest cache, into kept."""
+    cdef double total[LANES]
+    cdef real f[LANES]
+    cdef double tiny = tiny_of(kept[0])
+    cdef double unit_0 = unit_of(<real>0.0) if operation == LOG_SOFTMAX_BACKWARD else 1.0, factor
+    cdef int odd = 0
+    cdef Py_ssize_t C = job.num_classes, i
+    if not terms_of_run(job, operation, first * C, n * C, kept, scratch):
+        return False
+    sum_rows(job, n, kept, total)
+    for i in range(n):
+        factor = total[i] * unit_0
+        odd |= is_huge(total[i], kept[0])
+        odd |= (-tiny < factor) & (factor < tiny) & (total[i] != 0.0)
+        f[i] = <real>factor
+    if odd:
+        return False
+    for i in range(0, n, 16):
+        spread_sixteen(kept + i * C, C, f + i, owners_of(job, scratch))
+    finish_run(job, operation, first * C, n * C, kept, scratch)
+    return True
+
+
+cdef inline bint terms_of_run(
+    const Job* job, Operation operation, Py_ssize_t start, Py_ssize_t n, real* terms, real* scratch
+) noexcept nogil:
+    """What is summed up; False if a log-probability is above 0."""
+    cdef const real* p
+    cdef const real* g
+    cdef Py_ssize_t b, c, j, width
+    for b in range(blocks_in(n)):
+        c = b * BLOCK
+        width = min(n - c, <Py_ssize_t>BLOCK)
+        p = load_block(job.storage, job.logits, start + c, width, scratch + BLOCK)
+        g = load_block(job.storage, job.other, start + c, width, scratch)
+        if operation == SOFTMAX_BACKWARD:
+            for j in range(width):
+                terms[c + j] = g[j] * p[j]
+        elif largest(p, width) > 0:
+            return False
+        else:
+            memcpy(terms + c, g, width * sizeof(real))
+    return True
+
+
+cdef inline void finish_run(
+    const Job* job, Operation operation, Py_ssize_t start, Py_ssize_t n, real* f, real* scratch
+) noexcept nogil:
+    """The result, in place of the factor of each row."""
+    cdef const real* p
+    cdef const real* g
+    cdef real magic = magic_of(<real>0.0), lowest = bound(lowest_of(magic))
+    cdef real* result
+    cdef Py_ssize_t b, c, j, width
+    for b in range(blocks_in(n)):
+        c = b * BLOCK
+        width = min(n - c, <Py_ssize_t>BLOCK)
+        p = load_block(job.storage, job.logits, start + c, width, scratch + BLOCK)
+        g = load_block(job.storage, job.other, start + c, width, scratch)
+        result = f + c
+        if operation == SOFTMAX_BACKWARD:
+            for j in range(width):
+                result[j] = p[j] * (g[j] - result[j])
+        else:
+            for j in range(width):
+                result[j] = subtract_product(
+                    exponential(p[j], <real>0.0, magic, lowest), result[j], g[j])
+
+
 cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) noexcept nogil:
     cdef real maximum[LANES]
     cdef real pivot[LANES]
@@ -127,37 +215,33 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
     cdef real lowest[LANES]
     cdef real f[LANES]
     cdef real shrink[LANES]
-    cdef real lane[LANES]
+    cdef real parts[CHUNK * LANES]
     cdef double total[LANES]
     cdef double unit_m[LANES]
     cdef int huge = 0, above = 0
-    cdef Py_ssize_t c, j, step = job.step
-    for j in range(LANES):
-        lane[j] = 0
-        total[j] = 0.0
-    for c in range(job.num_classes):
+    cdef int32_t c, part, among = parts_of(job)
+    cdef Py_ssize_t j, step = job.step
+    memset(parts, 0, among * LANES * sizeof(real))
+    for c in range(<int32_t>job.num_classes):
+        part = part_of(job, c, among) * LANES
         if operation == SOFTMAX_BACKWARD:
             for j in range(LANES):
-                lane[j] += g[c * step + j] * p[c * step + j]
+                parts[part + j] += g[c * step + j] * p[c * step + j]
         else:
             for j in range(LANES):
-                lane[j] += g[c * step + j]
-        if c % RUN == RUN - 1:
-            for j in range(LANES):
-                total[j] += lane[j]
-                lane[j] = 0
+                parts[part + j] += g[c * step + j]
+    fold_row_parts(job, parts, among, total)
     for j in range(LANES):
-        total[j] += lane[j]
         maximum[j] = 0
     if operation == LOG_SOFTMAX_BACKWARD:
         largest_in_lanes(job, p, maximum)
         for j in range(LANES):
             maximum[j] = reference_above(maximum[j])
     for j in range(LANES):
-        huge |= is_huge(total[j], lane[j])
+        huge |= is_huge(total[j], f[j])
         above |= maximum[j] > 0
     for j in range(LANES if huge else 0):
-        if is_huge(total[j], lane[j]):
+        if is_huge(total[j], f[j]):
             # The result takes the place of g, and what follows leaves that alone.
             total[j] = huge_sum(operation, g + j, p + j, step, job.num_classes)
             huge_difference(operation, g + j, p + j, g + j, step, job.num_classes, maximum[j],

@@ -284,7 +284,7 @@ FL_TRANSPOSE(fl_transpose_d, double)
         memcpy(&kept, keep + c, sizeof kept); \
         for (int i = 0; i < 8; i++) { \
             memcpy(&first, from + i * n + c - 8, sizeof first); \
-            a[i] = (NAME##_v)(first & kept); \
+            a[i] = (NAME##_v){0} + (NAME##_v)(first & kept); /* never -0 */ \
         } \
         for (; c < n; c += 8) \
             for (int i = 0; i < 8; i++) { \
@@ -316,42 +316,37 @@ FL_TRANSPOSE(fl_transpose_d, double)
 FL_SUM_ROWS(fl_sum_rows_f, float, int32_t)
 FL_SUM_ROWS(fl_sum_rows_d, double, int64_t)
 
-/* Rows of n numbers that follow each other times a factor each, in one run: owner says whose each
-   number of FL_ROWS rows is. */
+/* Rows of n numbers that follow each other, in one run: times a factor each, or all replaced by it;
+   owner says whose each number of FL_ROWS rows is. */
 #define FL_ROWS 16
-#define FL_SCALE_ROWS(NAME, REAL, ROWS, STEP) \
+#define FL_EACH_ROW(NAME, REAL, ROWS, STEP) \
     static inline void NAME(REAL* rows, ptrdiff_t n, const REAL* factor, const int32_t* owner) { \
         for (int i = 0; i < FL_ROWS; i += ROWS, rows += ROWS * n, factor += ROWS) \
             for (ptrdiff_t c = 0; c < n; c++) { STEP; } \
     }
+#define FL_OF_ROWS(TYPE, REAL, ROWS, LOAD, MULTIPLY, STORE, FACTOR) \
+    FL_EACH_ROW(fl_scale_rows_##TYPE, REAL, ROWS, \
+                STORE(rows + c * ROWS, MULTIPLY(LOAD(rows + c * ROWS), FACTOR))) \
+    FL_EACH_ROW(fl_spread_rows_##TYPE, REAL, ROWS, STORE(rows + c * ROWS, FACTOR))
+#define FL_ONE_ROW(TYPE, REAL) \
+    FL_EACH_ROW(fl_scale_rows_##TYPE, REAL, 1, rows[c] *= factor[0]) \
+    FL_EACH_ROW(fl_spread_rows_##TYPE, REAL, 1, rows[c] = factor[0])
 #if defined(__AVX512F__)
-FL_SCALE_ROWS(fl_scale_rows_f, float, 16,
-              _mm512_storeu_ps(rows + c * 16,
-                               _mm512_mul_ps(_mm512_loadu_ps(rows + c * 16),
-                                             _mm512_permutexvar_ps(
-                                                 _mm512_loadu_si512(owner + c * 16),
-                                                 _mm512_loadu_ps(factor)))))
-FL_SCALE_ROWS(fl_scale_rows_d, double, 8,
-              _mm512_storeu_pd(
-                  rows + c * 8,
-                  _mm512_mul_pd(_mm512_loadu_pd(rows + c * 8),
-                                _mm512_permutexvar_pd(
-                                    _mm512_cvtepi32_epi64(
-                                        _mm256_loadu_si256((const __m256i*)(owner + c * 8))),
-                                    _mm512_loadu_pd(factor)))))
+FL_OF_ROWS(f, float, 16, _mm512_loadu_ps, _mm512_mul_ps, _mm512_storeu_ps,
+           _mm512_permutexvar_ps(_mm512_loadu_si512(owner + c * 16), _mm512_loadu_ps(factor)))
+FL_OF_ROWS(d, double, 8, _mm512_loadu_pd, _mm512_mul_pd, _mm512_storeu_pd,
+           _mm512_permutexvar_pd(
+               _mm512_cvtepi32_epi64(_mm256_loadu_si256((const __m256i*)(owner + c * 8))),
+               _mm512_loadu_pd(factor)))
 #else
 #if defined(__AVX2__)
-FL_SCALE_ROWS(fl_scale_rows_f, float, 8,
-              _mm256_storeu_ps(
-                  rows + c * 8,
-                  _mm256_mul_ps(_mm256_loadu_ps(rows + c * 8),
-                                _mm256_permutevar8x32_ps(
-                                    _mm256_loadu_ps(factor),
-                                    _mm256_loadu_si256((const __m256i*)(owner + c * 8))))))
+FL_OF_ROWS(f, float, 8, _mm256_loadu_ps, _mm256_mul_ps, _mm256_storeu_ps,
+           _mm256_permutevar8x32_ps(_mm256_loadu_ps(factor),
+                                    _mm256_loadu_si256((const __m256i*)(owner + c * 8))))
 #else
-FL_SCALE_ROWS(fl_scale_rows_f, float, 1, rows[c] *= factor[0])
+FL_ONE_ROW(f, float)
 #endif
-FL_SCALE_ROWS(fl_scale_rows_d, double, 1, rows[c] *= factor[0])
+FL_ONE_ROW(d, double)
 #endif
 
 static int fl_cpu_runs(int level) {

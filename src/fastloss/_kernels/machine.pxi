@@ -41,6 +41,8 @@ cdef extern from "machine.h":
     void fl_sum_rows_d(const double*, Py_ssize_t, double*) noexcept nogil
     void fl_scale_rows_f(float*, Py_ssize_t, const float*, const int32_t*) noexcept nogil
     void fl_scale_rows_d(double*, Py_ssize_t, const double*, const int32_t*) noexcept nogil
+    void fl_spread_rows_f(float*, Py_ssize_t, const float*, const int32_t*) noexcept nogil
+    void fl_spread_rows_d(double*, Py_ssize_t, const double*, const int32_t*) noexcept nogil
     void fl_transpose_f(const float*, Py_ssize_t, float*, Py_ssize_t) noexcept nogil
     void fl_transpose_d(const double*, Py_ssize_t, double*, Py_ssize_t) noexcept nogil
 
@@ -71,3 +73,13 @@ cdef inline void scale_sixteen(
         fl_scale_rows_f(rows, n, factor, owner)
     else:
         fl_scale_rows_d(rows, n, factor, owner)
+
+
+cdef inline void spread_sixteen(
+    real* rows, Py_ssize_t n, const real* factor, const int32_t* owner
+) noexcept nogil:
+    """Sixteen rows of n numbers, each its factor."""
+    if real is float:
+        fl_spread_rows_f(rows, n, factor, owner)
+    else:
+        fl_spread_rows_d(rows, n, factor, owner)

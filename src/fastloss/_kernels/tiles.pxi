@@ -153,6 +153,28 @@ cdef inline void fold_eight(real* parts, Py_ssize_t n, double* total) noexcept n
         total[i] = parts[i]
 
 
+cdef inline int32_t parts_of(const Job* job) noexcept nogil:
+    """The partial sums of a row: no more than would not be zeros."""
+    cdef int32_t parts = CHUNK if adds_as_rows(job) else EIGHT
+    while parts >= 2 * job.num_classes:
+        parts //= 2
+    return parts
+
+
+cdef inline int32_t part_of(const Job* job, int32_t c, int32_t parts) noexcept nogil:
+    """The partial sum that class c goes to."""
+    return (c - (0 if adds_as_rows(job) else <int32_t>job.num_classes)) & (parts - 1)
+
+
+cdef inline void fold_row_parts(
+    const Job* job, real* parts, int32_t n, double* total
+) noexcept nogil:
+    if adds_as_rows(job):
+        fold_parts(parts, total)
+    else:
+        fold_eight(parts, n, total)
+
+
 cdef inline void exp_tile(
     const Job* job, Py_ssize_t first, const real* tile, const int32_t* index, real* e,
     bint as_rows, Rows* r,
@@ -180,8 +202,7 @@ cdef inline void exp_tile(
     cdef Py_ssize_t later_step = (LANES if job.inner == 1 else job.inner) * size
     cdef const char* later = job.logits + size * (
         next // job.inner * job.num_classes * job.inner + next % job.inner)
-    cdef int32_t c, among = CHUNK if adds_as_rows(job) else EIGHT
-    cdef int32_t last = 0 if adds_as_rows(job) else <int32_t>job.num_classes
+    cdef int32_t c, part, among = parts_of(job)
     cdef Py_ssize_t j
     for j in range(LANES):
         m = <real>r.maximum[j] if r.own[j] else <real>0.0
@@ -193,8 +214,6 @@ cdef inline void exp_tile(
         hole[j] = index[j]
         lane[j] = 0
         total[j] = 0.0
-    while among >= 2 * job.num_classes:  # the rest would be zeros
-        among //= 2
     if as_rows:
         memset(parts, 0, among * LANES * sizeof(real))
     for c in range(<int32_t>job.num_classes):
@@ -203,8 +222,9 @@ cdef inline void exp_tile(
             line[j] = exponential(
                 below(tile[c * step + j], highest[j]), pivot[j], magic[j], lowest[j])
         if as_rows:
+            part = part_of(job, c, among) * LANES
             for j in range(LANES):
-                parts[(c - last & among - 1) * LANES + j] += <real>0 if hole[j] == c else line[j]
+                parts[part + j] += <real>0 if hole[j] == c else line[j]
         else:
             for j in range(LANES):
                 lane[j] += <real>0 if hole[j] == c else line[j]
@@ -217,10 +237,8 @@ cdef inline void exp_tile(
             for j in range(LANES):
                 total[j] += lane[j]
                 lane[j] = 0
-    if as_rows and adds_as_rows(job):
-        fold_parts(parts, total)
-    elif as_rows:
-        fold_eight(parts, among, total)
+    if as_rows:
+        fold_row_parts(job, parts, among, total)
     for j in range(LANES):
         r.others[j] = total[j] + lane[j]
         r.target_exp[j] = left_out[j]
@@ -561,6 +579,8 @@ cdef inline void short_unit(
     if not untamed[0]:
         if operation == SOFTMAX:
             done = softmax_rows(job, unit, scratch)
+        elif is_backward(operation):
+            done = backward_run(job, operation, unit, scratch)
         else:
             done = loss_rows(job, operation, unit, scratch)
     if not done:

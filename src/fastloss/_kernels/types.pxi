@@ -27,9 +27,10 @@ cdef enum:
     EIGHT = 8  # partial sums of a short row
     BLOCK = 1024  # classes of a row whose sum stays in float32 before it moves on to float64
     RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
-    SHORT_ROW = 300  # rows of at most so many classes go into tiles, unless is_flat
+    SHORT_ROW = 300  # rows of at most so many classes go into tiles, unless they are a run
     SHORT_FLAT_ROW = 128  # rows of so many are added up in eights, several at a time
     GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
+    CACHED = 3072  # elements of short rows that are gone through twice, in three arrays
     TURN = 16  # classes of columns that are turned into rows at a time
     TURNED = 16777216  # elements of the columns in a unit of work, at most LANES of them
     WIDE = 16384  # elements of the tiles in a unit of work, where runs may be long
