@@ -192,11 +192,6 @@ cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
     return round_up(size)  # threads do not share a cache line
 
 
-cdef cnp.ndarray empty(cnp.npy_intp size, int type_num):
-    """np.empty, without the way there through Python."""
-    return cnp.PyArray_EMPTY(1, &size, type_num, False)
-
-
 cdef double run_loss(Job* job, Operation operation, int num_threads) except? -1:
     """As run; where scale is 0, no row counts, not even one that holds a NaN."""
     cdef char* grad = job.out
@@ -219,8 +214,8 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
     if units == 0:
         return 0.0
     # All memory is taken before anything is written: where there is none, MemoryError says so.
-    memory = empty(threads * scratch_bytes + LINE, cnp.NPY_UINT8)
-    partial = empty((job.rows + job.summed - 1) // job.summed, cnp.NPY_DOUBLE)
+    memory = np.empty(threads * scratch_bytes + LINE, np.uint8)
+    partial = np.empty((job.rows + job.summed - 1) // job.summed)
     scratch = <char*>round_up(<Py_ssize_t>cnp.PyArray_BYTES(memory))
     job.partial = <double*>cnp.PyArray_DATA(partial)
     run_shares(job, operation, units, threads, scratch, scratch_bytes)
@@ -396,7 +391,7 @@ def check_target(labels not None, options not None, Py_ssize_t num_classes, int 
     if blocks == 1:
         bad = check_block(&job, 0, &total)
         return new_tuple(TargetCheck, (bad, total))
-    partial, found = empty(blocks, cnp.NPY_DOUBLE), empty(blocks, cnp.NPY_INTP)
+    partial, found = np.empty(blocks), np.empty(blocks, np.intp)
     sums, bads = <double*>cnp.PyArray_DATA(partial), <Py_ssize_t*>cnp.PyArray_DATA(found)
     if num_threads == 1:
         with nogil:
