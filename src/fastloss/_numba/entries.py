@@ -149,15 +149,12 @@ def softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, thre
     mode = set_float_mode(IEEE)
     plan = Plan(*plan)
     x, out = borrow(x), borrow(out)
-    r, scratch, own_turned = (
-        own_of(fields, thread),
-        scratch_of(tiles, rows, thread),
-        own_of(turned, thread),
-    )
+    r, scratch = own_of(fields, thread), scratch_of(tiles, rows, thread)
+    own_turned = own_of(turned, thread)
     buffer, tile, other = tile_scratch(own_of(tiles, thread), plan)
     x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
     begin_carries(r)
-    untamed = 0
+    untamed = 0  # rows of the last unit that common units were not for
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
@@ -192,11 +189,8 @@ def log_softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, 
     mode = set_float_mode(IEEE)
     plan = Plan(*plan)
     x, out = borrow(x), borrow(out)
-    r, scratch, own_turned = (
-        own_of(fields, thread),
-        scratch_of(tiles, rows, thread),
-        own_of(turned, thread),
-    )
+    r, scratch = own_of(fields, thread), scratch_of(tiles, rows, thread)
+    own_turned = own_of(turned, thread)
     buffer, tile, _ = tile_scratch(own_of(tiles, thread), plan)
     x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
     begin_carries(r)
