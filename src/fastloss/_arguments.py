@@ -579,9 +579,11 @@ def _check_entries(matrix: Any) -> None:
 
 def _scores(shape: tuple[int, ...], num_classes: int, dtype: np.dtype) -> Logits:
     """Scores that never exist: for the checks, which look at shapes and dtypes alone."""
-    nothing = np.zeros((), dtype)
-    array = np.broadcast_to(nothing, (*shape, num_classes))
-    normal = np.broadcast_to(nothing, (math.prod(shape), num_classes, 1))
+    sizes, normal_sizes = (*shape, num_classes), (math.prod(shape), num_classes, 1)
+    array, normal = (
+        np.ndarray(n, dtype, buffer=np.zeros((), dtype), strides=(0,) * len(n))
+        for n in (sizes, normal_sizes)
+    )
     return Logits(array, normal, len(shape), None)
 
 

@@ -346,7 +346,7 @@ def _plan(
     )
     divisor = reduced.divisor(total_weight)
     if divisor:
-        kept = _kept(labels, options)
+        kept = _kept(labels, options, total_weight)
     else:
         kept = np.empty(0, np.intp)  # no row counts, not even one that holds a NaN
     count = len(labels.target) if kept is None else len(kept)
@@ -357,9 +357,11 @@ def _plan(
     )  # fmt: skip
 
 
-def _kept(labels: Labels, options: Options) -> np.ndarray | None:
+def _kept(labels: Labels, options: Options, total_weight: float) -> np.ndarray | None:
     """The rows that count for something; None for all of them."""
     target, class_weight, sample_weight = labels
+    if class_weight is None and sample_weight is None and total_weight == len(target):
+        return None
     counts = np.ones(len(target), bool)
     if sample_weight is not None:
         counts &= sample_weight[:, 0] != 0
@@ -448,15 +450,15 @@ class _Turns:
                 raise StopIteration
             return next(self._chunks)
 
-    @contextlib.contextmanager
-    def turn(self, part: int, rows: slice) -> Iterator[None]:
-        """When the chunks before these rows have added their share of a part."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._next.get(part, 0) == rows.start)
-        yield
-        with self._changed:
+    def add(self, total: np.ndarray, share: np.ndarray, part: int, rows: slice) -> None:
+        """Add to a part of a sum, when the chunks before these rows have added their share."""
+        changed = self._changed
+        with changed:
+            changed.wait_for(lambda: self._stopped or self._next.get(part, 0) == rows.start)
+        total += share
+        with changed:
             self._next[part] = rows.stop
-            self._changed.notify_all()
+            changed.notify_all()
 
     def stop(self) -> None:
         """Hand out no more."""
@@ -475,6 +477,8 @@ def _on_threads(threads: int, work: Callable[[], None], turns: _Turns) -> None:
     This one, which Ctrl-C may interrupt anywhere, has no lock then that they wait for.  The pools
     of the standard library have such locks, and do not survive a fork.
     """
+    if threads == 1:
+        return work()
     started, finished = 0, []
     news: queue.SimpleQueue[None] = queue.SimpleQueue()
     errors: list[BaseException] = []
@@ -495,7 +499,7 @@ def _on_threads(threads: int, work: Callable[[], None], turns: _Turns) -> None:
 
     try:
         with contextlib.suppress(RuntimeError, MemoryError):  # no thread to be had: fewer do it
-            while started < threads and threads > 1:
+            while started < threads:
                 _thread.start_new_thread(run, ())
                 started += 1
         if not started:
@@ -507,21 +511,29 @@ def _on_threads(threads: int, work: Callable[[], None], turns: _Turns) -> None:
         raise
     if errors:
         raise errors[0]
+    return None
 
 
 def _dense_chunks(plan: _Plan) -> Callable[[_Turns], Iterator[_Chunk]]:
     """What makes the scores of chunk by chunk, each with its rows and inputs."""
     weight, bias, inputs = plan.layer.weight, plan.layer.bias, plan.layer.inputs
     num_classes, num_features = weight.shape
-    if bias is not None and plan.num_rows > _COPY_COST * num_features:
-        # The bias as one more weight, of an input of 1, saves a pass over the scores.
-        weight, bias = np.hstack([weight, bias[:, None]]), None
-    direct = weight is plan.layer.weight and inputs.flags.c_contiguous
+    direct = inputs.flags.c_contiguous
+    if (
+        bias is not None
+        and num_classes > num_features
+        and plan.num_rows > _COPY_COST * num_features
+    ):
+        # The bias as one more weight, of an input of 1, saves a pass over the scores for one over
+        # the inputs.
+        weight, bias, direct = np.hstack([weight, bias[:, None]]), None, False
+    padded = plan.num_rows % plan.block > 0
 
     def chunks(turns: _Turns) -> Iterator[_Chunk]:
         scores = np.empty((plan.chunk, num_classes), weight.dtype)
-        room = np.zeros((plan.chunk, weight.shape[1]), weight.dtype)
-        room[:, num_features:] = 1
+        if padded or not direct:
+            room = np.zeros((plan.chunk, weight.shape[1]), weight.dtype)
+            room[:, num_features:] = 1
         for rows in turns:
             num_rows = rows.stop - rows.start
             x = plan.rows(inputs, rows)
@@ -580,13 +592,9 @@ def _add_to_layer(
     if total is not None:
         for classes in _parts(*total.shape):
             # Of a part of the classes, which is still in cache when it is added.
-            product = g[:, classes].T @ x
-            with turns.turn(classes.start, rows):
-                total[classes] += product
+            turns.add(total[classes], g[:, classes].T @ x, classes.start, rows)
     if bias is not None:
-        sums = np.ones(len(g), g.dtype) @ g
-        with turns.turn(-1, rows):
-            bias += sums
+        turns.add(bias, np.ones(len(g), g.dtype) @ g, -1, rows)
 
 
 def _add_to_inputs(
@@ -622,5 +630,5 @@ def _reduce(plan: _Plan, losses: np.ndarray) -> float | np.ndarray:
     if not plan.divisor:
         return math.nan
     # The losses of rows, rounded like those of the kernels' own sums, in one fixed order.
-    total = float(losses.sum(dtype=np.float64))
+    total = float(np.add.reduce(losses[:, 0], dtype=np.float64))
     return total / plan.divisor + _l2_penalty(plan.layer.weight, plan.l2)
