@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support import backends, calls
+from support import backends, calls, compiled
 
 import fastloss as fl
 from fastloss import _backend, _cython
@@ -47,6 +47,13 @@ def pytest_collection_modifyitems(items):
         return first.setdefault(item.nodeid.replace(f"[{name}", "["), len(first))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish(session):
+    """What a run of everything compiles is compiled first, on all processors."""
+    on_numba = sum("[numba" in item.nodeid for item in session.items)
+    if on_numba > 5000 and not session.config.option.collectonly:
+        compiled.compile_all()
 
 
 @pytest.fixture(autouse=True)
