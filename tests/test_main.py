@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import report as report_script
 import rich.console
+from support.backends import need
 
 import fastloss as fl
 from fastloss.__main__ import main
@@ -222,6 +223,33 @@ def test_peers_run_what_they_can(quick):
         plain_rows = (result["operation"], result["shape"]) == ("cross_entropy_with_grad", [40, 70])
         assert peers == ["sklearn"] * plain_rows
         assert set(CONTENDERS) <= set(result["contenders"])
+
+
+PEER_CASES = [
+    (name, case)
+    for operation, shape in itertools.product(measure.SMALL_OPERATIONS, ("32x10", "4x3x5@1"))
+    for case in [measure.Case(operation, *measure.parse_shape(shape), "float32")]
+    for name, peer in peers.PEERS.items()
+    if peer.supports(case)
+]
+
+
+@pytest.mark.parametrize(("name", "case"), PEER_CASES, ids=str)
+def test_peers_give_what_we_give(name, case):
+    need(peers.PEERS[name].module)
+    data = measure.Data(case.shape, case.axis, case.dtype)
+    call, result = peers.PEERS[name].bind(case, data, fl.get_num_threads())
+    loss, array = result(call())
+    expected = measure.OPERATIONS[case.operation].run(data, backend="numpy")
+    assert loss is None or loss == pytest.approx(expected[0], rel=1e-6)
+    np.testing.assert_allclose(array, expected[1], rtol=1e-5, atol=1e-6)
+
+
+def test_bench_measures_small_calls(capsys):
+    assert main(["bench", "--quick", "--small", "--backend", "cython", "--peers", "none"]) == 0
+    printed = capsys.readouterr().out
+    for operation in measure.SMALL_OPERATIONS:
+        assert all(f"{operation} {shape} float32" in printed for shape in measure.SMALL_SHAPES)
 
 
 def test_bench_draws_every_contender(quick):

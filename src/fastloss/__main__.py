@@ -53,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--plot", type=Path, metavar="FILE", help="draw time over limit against C (svg, png, pdf)")
     add("--quick", action="store_true", help="seconds instead of minutes: small shapes, few calls")
     add(
+        "--small",
+        action="store_true",
+        help="by default small shapes and logsumexp, too: what a call costs before its kernel",
+    )
+    add(
         "--sweep",
         action="store_true",
         help="also C from 1 to 200,000 at N x C = 2**25, and N from 1 to 2**22 at fixed C, of "
@@ -159,14 +164,16 @@ def _peer_names(options: argparse.Namespace) -> list[str]:
 def _cases(options: argparse.Namespace) -> list[Any]:
     from fastloss._tools import measure
 
-    operations = options.operation or list(measure.DEFAULT_OPERATIONS)
+    default = measure.SMALL_OPERATIONS if options.small else measure.DEFAULT_OPERATIONS
+    operations = options.operation or list(default)
     if operations == ["all"]:
         operations = list(measure.OPERATIONS)
     _chosen("--operation", operations, measure.OPERATIONS)
     for dtype in _chosen("--dtype", options.dtype, measure.DTYPES):
         measure.as_dtype(dtype)
     try:
-        shapes = options.shapes or (measure.QUICK_SHAPES if options.quick else measure.SHAPES)
+        usual = measure.QUICK_SHAPES if options.quick else measure.SHAPES
+        shapes = options.shapes or (measure.SMALL_SHAPES if options.small else usual)
         shapes = [measure.parse_shape(text) for text in shapes]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"--shapes {error}") from None

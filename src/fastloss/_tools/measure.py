@@ -33,6 +33,7 @@ SHAPES = (
     "1024x32000", "32768x1000", "262144x100", "524288x64", "1048576x10", "4194304x2",
     "8x21x512x512@1", "32x10",
 )  # fmt: skip
+SMALL_SHAPES = ("1x10", "32x10", "256x10", "32x1000", "1x32000")
 QUICK_SHAPES = ("64x1000", "1024x10", "2x21x16x16@1", "32x10")
 
 _SETTLE = 0.005  # OpenMP threads spin on for a few milliseconds after their work: let them stop
@@ -323,6 +324,7 @@ OPERATIONS = {
     for name, measured in _measured(operation)
 }
 DEFAULT_OPERATIONS = ("cross_entropy_with_grad", "cross_entropy", "softmax", "log_softmax")
+SMALL_OPERATIONS = (*DEFAULT_OPERATIONS, "logsumexp")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What others offer for loss and gradient, each in a process of its own.
+"""What others offer for the same, each in a process of its own.
 
 There its thread pool does not spin beside those of the others, its allocator can be set up (glibc
 reads that when a process starts), and the thread count holds for it alone.
@@ -21,17 +21,30 @@ from fastloss._tools import measure
 _KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
+# The call that is timed, and what its answer means.
+Bound = tuple[Callable[[], Any], Callable[[Any], measure.Result]]
+
+
 class Peer(NamedTuple):
     module: str  # to import
     package: str  # to install
-    bind: Callable[[measure.Data, int], tuple[Callable[[], Any], Callable[[Any], measure.Result]]]
+    bind: Callable[[measure.Case, measure.Data, int], Bound]
     supports: Callable[[measure.Case], bool]
     environment: Mapping[str, str] = {}
 
 
-def _torch(data: measure.Data, threads: int) -> Any:
+def _torch(case: measure.Case, data: measure.Data, threads: int) -> Bound:
     """Cross-entropy and backward, as in a training step: the gradient starts at None."""
-    torch = importlib.import_module("torch")
+    return _torch_loss("torch.nn.functional", case, data, threads)
+
+
+def _adapter(case: measure.Case, data: measure.Data, threads: int) -> Bound:
+    """The same with our own function in the place of PyTorch's."""
+    return _torch_loss("fastloss.torch", case, data, threads)
+
+
+def _torch_loss(module: str, case: measure.Case, data: measure.Data, threads: int) -> Bound:
+    torch, functional = map(importlib.import_module, ("torch", module))
     torch.set_num_threads(threads)
 
     def tensor(array: np.ndarray) -> Any:
@@ -39,14 +52,18 @@ def _torch(data: measure.Data, threads: int) -> Any:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    logits = tensor(data.logits).requires_grad_()
+    logits = tensor(data.logits)
+    if case.operation in _MAPS:
+        function = getattr(torch, case.operation)
+        return _map(functools.partial(function, logits, data.axis), data, torch.Tensor.double)
+    logits.requires_grad_()
     target = torch.from_numpy(data.target)
     # The classes are axis 1 there: a view, as a user of torch would have it.
     scores = logits if data.axis == 1 else logits.movedim(data.axis, 1)
 
     def call() -> Any:
         logits.grad = None
-        loss = torch.nn.functional.cross_entropy(scores, target)
+        loss = functional.cross_entropy(scores, target)
         loss.backward()
         return loss
 
@@ -56,7 +73,7 @@ def _torch(data: measure.Data, threads: int) -> Any:
     return call, result
 
 
-def _jax(data: measure.Data, threads: int) -> Any:
+def _jax(case: measure.Case, data: measure.Data, threads: int) -> Bound:
     """Jitted value and gradient of the mean of lse - x_y."""
     jax = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", data.dtype == np.float64)
@@ -67,8 +84,11 @@ def _jax(data: measure.Data, threads: int) -> Any:
         lse = jax.nn.logsumexp(logits, axis)
         return numpy.mean(lse - numpy.squeeze(target_logit, axis))
 
-    function = jax.jit(jax.value_and_grad(mean_loss))
     logits, target = numpy.asarray(data.logits), numpy.asarray(data.target.astype(np.int32))
+    if case.operation in _MAPS:
+        jitted = jax.jit(functools.partial(getattr(jax.nn, case.operation), axis=axis))
+        return _map(lambda: jax.block_until_ready(jitted(logits)), data)
+    function = jax.jit(jax.value_and_grad(mean_loss))
 
     def call() -> Any:
         return jax.block_until_ready(function(logits, target))
@@ -80,7 +100,13 @@ def _jax(data: measure.Data, threads: int) -> Any:
     return call, result
 
 
-def _sklearn(data: measure.Data, threads: int) -> Any:
+def _scipy(case: measure.Case, data: measure.Data, threads: int) -> Bound:
+    special = importlib.import_module("scipy.special")
+    function = getattr(special, case.operation)
+    return _map(functools.partial(function, data.logits, axis=data.axis), data)
+
+
+def _sklearn(case: measure.Case, data: measure.Data, threads: int) -> Bound:
     """Losses and gradients of the rows, into the caller's arrays; their mean is not timed."""
     loss_module = importlib.import_module("sklearn._loss")
     function = loss_module.HalfMultinomialLoss(n_classes=data.shape[1])
@@ -101,8 +127,31 @@ def _sklearn(data: measure.Data, threads: int) -> Any:
     return call, result
 
 
+def _map(
+    call: Callable[[], Any], data: measure.Data, convert: Callable[[Any], Any] = np.asarray
+) -> Bound:
+    """What gives an array, with the classes' axis or without it."""
+
+    def result(answer: Any) -> measure.Result:
+        array = np.asarray(convert(answer), np.float64)
+        return None, np.expand_dims(array, data.axis) if array.ndim < len(data.shape) else array
+
+    return call, result
+
+
+_MAPS = ("softmax", "log_softmax", "logsumexp")
+
+
 def _plain(case: measure.Case) -> bool:
     return case.operation == "cross_entropy_with_grad"
+
+
+def _plain_or_map(case: measure.Case) -> bool:
+    return _plain(case) or case.operation in _MAPS
+
+
+def _numpy_map(case: measure.Case) -> bool:
+    return case.operation in _MAPS and case.dtype in ("float32", "float64")
 
 
 def _real_rows(case: measure.Case) -> bool:
@@ -112,9 +161,11 @@ def _real_rows(case: measure.Case) -> bool:
 
 
 PEERS = {
-    "torch": Peer("torch", "torch", _torch, _plain),
+    "torch": Peer("torch", "torch", _torch, _plain_or_map),
     "torch-malloc": Peer("torch", "torch", _torch, _plain, _KEEP),
-    "jax": Peer("jax", "jax", _jax, _plain),
+    "fastloss.torch": Peer("torch", "torch", _adapter, _plain),
+    "jax": Peer("jax", "jax", _jax, _plain_or_map),
+    "scipy": Peer("scipy", "scipy", _scipy, _numpy_map),
     "sklearn": Peer("sklearn", "scikit-learn", _sklearn, _real_rows),
 }
 
@@ -197,8 +248,8 @@ def _start(num_threads: int) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _bound(name: str, case: measure.Case, threads: int) -> Any:
-    return PEERS[name].bind(measure.Data(case.shape, case.axis, case.dtype), threads)
+def _bound(name: str, case: measure.Case, threads: int) -> Bound:
+    return PEERS[name].bind(case, measure.Data(case.shape, case.axis, case.dtype), threads)
 
 
 def _visit(name: str, case: measure.Case, threads: int, seconds: float) -> list[float]:
