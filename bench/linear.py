@@ -5,9 +5,9 @@
 
 Loss and gradients take three products: scores, gradient of the weight, gradient of the inputs. The
 loss alone takes one product and a pass over the scores. Both limits are timed in the same rounds,
-whole and in blocks of rows, of which the faster counts. Peak memory is that of a call in a process
-of its own beyond its arguments and gradients. Writes bench/results/linear.json, and the tables into
-bench/README.md.
+whole and in blocks of rows, NumPy's products and PyTorch's, of which the fastest counts. Peak
+memory is that of a call in a process of its own beyond its arguments and gradients. Writes
+bench/results/linear.json, and the tables into bench/README.md.
 """
 
 import argparse
@@ -30,13 +30,16 @@ from fastloss._tools.report import format_time, heading, insert, markdown
 ROOT = Path(__file__).resolve().parent.parent
 JSON, README = ROOT / "bench/results/linear.json", ROOT / "bench/README.md"
 BEGIN, END = "<!-- linear:begin -->", "<!-- linear:end -->"
-SHAPES = [(16384, 512, 10000), (65536, 64, 1000)]  # rows, features, classes
+SHAPES = [  # rows, features, classes
+    (16384, 512, 10000), (65536, 64, 1000), (1024, 768, 50000), (2048, 1024, 32000),
+    (4096, 128, 16384), (1797, 64, 10),
+]  # fmt: skip
 MEMORY_SHAPE = (65536, 64, 50000)
 QUICK_SHAPES, QUICK_MEMORY_SHAPE = [(256, 16, 100)], (512, 8, 2000)
 BLOCKS = (512, 1024)
 SECONDS = 0.5  # each time that it is a contender's turn
 MOST = 1.15  # times the products
-MOST_MIB = 64
+MOST_MIB = 96
 
 
 class Data:
@@ -70,24 +73,45 @@ class Data:
                 np.matmul(g, self.w, out=self.out.inputs[rows])
 
 
-def torch_call(data, with_grad, threads):
-    """PyTorch's linear layer and loss, or None where it is not installed."""
+def torch_calls(data, with_grad, threads):
+    """PyTorch's linear layer and loss, and its function for both, where it is installed."""
     try:
         import torch
     except ImportError:
-        return None
+        return {}
     torch.set_num_threads(threads)
+    functional = torch.nn.functional
     x, w, b = (torch.from_numpy(a).requires_grad_(with_grad) for a in (data.x, data.w, data.b))
     y = torch.from_numpy(data.y)
 
-    def call():
+    def layer_and_loss():
+        return functional.cross_entropy(functional.linear(x, w, b), y)
+
+    def step(loss):
         for leaf in (x, w, b):
             leaf.grad = None
-        loss = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w, b), y)
+        value = loss()
         if with_grad:
-            loss.backward()
+            value.backward()
 
-    return call
+    calls = {"torch": functools.partial(step, layer_and_loss)}
+    if hasattr(functional, "linear_cross_entropy"):
+        fused = functools.partial(
+            functional.linear_cross_entropy, x, w, y, linear_bias=b,
+            options=torch.nn.LinearCrossEntropyOptions(),
+        )  # fmt: skip
+        calls["torch fused"] = functools.partial(step, fused)
+    return calls
+
+
+def torch_products(data, scores, with_grad):
+    """The bare products as PyTorch makes them."""
+    torch = sys.modules["torch"]
+    x, w, g = map(torch.from_numpy, (data.x, data.w, scores))
+    torch.matmul(x, w.T, out=g)
+    if with_grad:
+        torch.matmul(g.T, x, out=torch.from_numpy(data.out.linear_weight))
+        torch.matmul(g, w, out=torch.from_numpy(data.out.inputs))
 
 
 def times_of(shape, with_grad, threads, effort):
@@ -106,8 +130,9 @@ def times_of(shape, with_grad, threads, effort):
         calls["pass"] = lambda: fl.cross_entropy(scores, data.y)
     for backend in measure.BACKENDS:
         calls[backend] = functools.partial(data.fused, backend, with_grad)
-    if torch := torch_call(data, with_grad, threads):
-        calls["torch"] = torch
+    if peers := torch_calls(data, with_grad, threads):
+        calls |= peers
+        calls["products of torch"] = functools.partial(torch_products, data, scores, with_grad)
     contenders = {name: measure.Local(call, 0) for name, call in calls.items()}
     times, errors = measure.interleave(contenders, effort)
     if errors:
@@ -144,12 +169,14 @@ def resident(field):
 def tables(results):
     """Header, rows and title: of the times, and of peak memory."""
     names = list(dict.fromkeys(name for r in results["times"] for name in r["best"]))
-    names = [name for name in names if name in (*measure.BACKENDS, "torch")]
+    names = [name for name in names if name in (*measure.BACKENDS, "torch", "torch fused")]
     rows = [
         [r["shape"], "loss and gradients" if r["with_grad"] else "loss"]
         + [format_time(r["best"]["limit"])]
         + [
             f"{format_time(r['best'][name])} ({r['best'][name] / r['best']['limit']:.2f})"
+            if name in r["best"]
+            else "-"
             for name in names
         ]
         for r in results["times"]

@@ -337,7 +337,7 @@ def test_frozen_weights_cost_no_product(backend):
     call = functools.partial(
         problem.loss_and_gradients, inputs_grad=True, num_threads=1, backend=backend
     )
-    part = 4 * linear._PRODUCT_ELEMENTS
+    part = 4 * (linear._PRODUCT_ELEMENTS // 20_000 * 20_000)  # whole classes
     (_, gradients), peak = traced_peak(call)
     assert peak > gradients.linear_weight.nbytes + gradients.inputs.nbytes + part
     (_, gradients), peak = traced_peak(functools.partial(call, linear_weight_grad=False))
@@ -1123,7 +1123,7 @@ def peak_mib(backend, shape):
 def test_peak_memory(rows, backend):
     need("rich")
     peak = peak_mib(backend, (rows, 64, 50000))
-    assert 10 < peak < 64  # the scores of each of two threads take 22
+    assert 10 < peak < 96  # the scores of each of two threads take 32, and a product 4
 
 
 def test_benchmark(tmp_path, monkeypatch):
@@ -1131,7 +1131,7 @@ def test_benchmark(tmp_path, monkeypatch):
     need("rich")
     benchmark = importlib.import_module(BENCHMARK.stem)
     monkeypatch.setattr(benchmark, "peak_memory", lambda shape, backend: 12.3)
-    monkeypatch.setattr(benchmark, "torch_call", lambda *_: None)
+    monkeypatch.setattr(benchmark, "torch_calls", lambda *_: {})
     table, readme = tmp_path / "linear.json", tmp_path / "README.md"
     readme.write_text("before\n<!-- linear:begin -->\nold\n<!-- linear:end -->\nafter\n")
     files = ["--json", str(table), "--readme", str(readme)]

@@ -32,8 +32,8 @@ _BLOCK_BYTES = 4 << 20  # of scores: what caches hold,
 _BLOCK_PRODUCTS = 1 << 23  # of numbers: what is worth a thread,
 _LEAST_ROWS = 1024  # but no fewer rows, with which products are slow,
 _LEAST_BLOCKS = 4  # unless there would be too few blocks to share out
-_MOST_BYTES = 22 << 20  # or they would take more than this
-_PRODUCT_ELEMENTS = 1 << 18  # of a gradient of W, to be added while they are in cache
+_MOST_BYTES = 32 << 20  # or they would take more than this
+_PRODUCT_ELEMENTS = 1 << 20  # of a gradient of W, to be added while they are in cache
 _COPY_COST = 8  # of a weight, in passes over a score
 
 
@@ -103,7 +103,7 @@ def linear_cross_entropy(
         As in `cross_entropy`.  The divisor of the mean is that of the data's part alone.
     chunk_rows : int, optional
         How many rows to take at a time, rounded up to a whole number of blocks; by default one.
-        A block is up to 4 MiB of scores, or 1024 rows where these are under 22 MiB.
+        A block is up to 4 MiB of scores, or 1024 rows where these are under 32 MiB.
     backend : {"auto", "cython", "numba", "numpy"}, optional
         See `set_backend`.  The products are those of NumPy, whatever it is.
     num_threads : int, optional
@@ -136,7 +136,7 @@ def linear_cross_entropy(
     shape of a product.
 
     Scores are rounded to the dtype of `inputs`, and so is the loss of each row.  Extra memory is
-    about 24 MiB for each thread, whatever N, or a chunk of scores where that is larger, and up to
+    about 36 MiB for each thread, whatever N, or a chunk of scores where that is larger, and up to
     three times as much where there are more features than classes.  Copies are made of a
     `linear_weight` where there is a bias and far more rows than features, where `inputs` are sparse
     or where it is contiguous in neither order, of `inputs` whose leading axes do not merge into
@@ -400,7 +400,7 @@ def _run(plan: _Plan, gradients: LinearGradients, accumulate: bool = False) -> f
     """The loss, and its gradients into where they go."""
     with_grad = any(array is not None for array in gradients)
     losses = np.empty((plan.num_rows, 1), plan.layer.weight.dtype)
-    turns = _Turns(plan.num_rows, plan.chunk)
+    turns = _Turns(plan.num_rows, plan.chunk, accumulate)
     chunks = _sparse_chunks(plan) if plan.layer.sparse else _dense_chunks(plan)
     if not accumulate:
         _clear(plan, gradients)
@@ -433,10 +433,11 @@ class _Turns:
     So sums have the same bits on any number of threads.
     """
 
-    def __init__(self, num_rows: int, chunk: int) -> None:
+    def __init__(self, num_rows: int, chunk: int, accumulate: bool) -> None:
         self._chunks = (
             slice(start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk)
         )
+        self._accumulate = accumulate
         self._next: dict[int, int] = {}  # by part of the sum: the row that the next chunk starts at
         self._changed = threading.Condition()
         self._stopped = False
@@ -451,11 +452,17 @@ class _Turns:
             return next(self._chunks)
 
     def add(self, total: np.ndarray, share: np.ndarray, part: int, rows: slice) -> None:
-        """Add to a part of a sum, when the chunks before these rows have added their share."""
+        """Add to a part of a sum, when the chunks before these rows have added their share.
+
+        The first chunk writes over what was there, unless that counts, too.
+        """
         changed = self._changed
         with changed:
             changed.wait_for(lambda: self._stopped or self._next.get(part, 0) == rows.start)
-        total += share
+        if rows.start or self._accumulate:
+            total += share
+        else:
+            total[...] = share
         with changed:
             self._next[part] = rows.stop
             changed.notify_all()
@@ -576,9 +583,9 @@ def _score(
 
 
 def _clear(plan: _Plan, gradients: LinearGradients) -> None:
-    """Zeros to add to, and where nothing will be written."""
+    """Zeros where nothing will be written."""
     for total in gradients[:2]:
-        if total is not None:
+        if total is not None and not plan.num_rows:
             total.fill(0)
     if gradients.inputs is not None and plan.kept is not None:
         gradients.inputs.fill(0)
