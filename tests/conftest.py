@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from support import backends, calls, compiled
 
 import fastloss as fl
-from fastloss import _backend, _cython
+from fastloss import _backend, _cython, _threads
 
 # The same verdict every time; `--hypothesis-profile=explore` looks for new examples.
 _SHARED = {
@@ -30,6 +30,7 @@ settings.load_profile("fixed")
 @pytest.fixture(params=backends.BACKENDS)
 def backend(request, monkeypatch):
     """The name to pass as ``backend=``. A backend that is missing is an error, not a skip."""
+    monkeypatch.setattr(_threads, "_PARALLEL_ELEMENTS_ON", {})  # as many are enough on each
     name, _, isa = request.param.partition("-")
     if isa:
         monkeypatch.setitem(_backend._loaded, name, _cython.load(isa))

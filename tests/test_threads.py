@@ -236,6 +236,12 @@ def test_num_threads_reach_the_kernel(monkeypatch):
     assert seen == [3, 7, 9, 1]
 
 
+@pytest.mark.parametrize(("name", "least"), [("_kernels_v4", 1 << 15), ("_numba", 1 << 16)])
+def test_little_work_runs_on_one_thread(name, least):
+    kernels = types.SimpleNamespace(__name__=f"fastloss.{name}", most_threads=lambda: 2)
+    assert [_threads.threads_for(2, n, kernels) for n in (least - 1, least)] == [1, 2]
+
+
 def test_more_threads_than_there_are_are_tried_first(monkeypatch):
     """Anew when the team has shrunk meanwhile, and when it was refused; others change nothing."""
     tried, granted = [], True

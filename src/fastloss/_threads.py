@@ -1,6 +1,7 @@
 """On how many threads a call runs: what was asked for, and what the system grants."""
 
 import functools
+import math
 import operator
 import os
 import threading
@@ -8,8 +9,10 @@ from collections.abc import Callable, Iterator
 
 from fastloss._contract import Kernels
 
-# Below this many array elements a call costs less than waking up a second thread.
+# Below this many array elements a call costs less than waking up a second thread,
 PARALLEL_ELEMENTS = 1 << 15
+# and on a backend whose threads take longer to wake, below these.
+_PARALLEL_ELEMENTS_ON = {"fastloss._numba": 1 << 16}
 MOST_THREADS = 1 << 16  # nobody means more than that
 _MEMBERSHIP, _GROUPS = "/proc/self/cgroup", "/sys/fs/cgroup"
 
@@ -83,7 +86,7 @@ def get_num_threads() -> int:
 
 def threads_for(
     num_threads: int | None,
-    elements: int = PARALLEL_ELEMENTS,
+    elements: float = math.inf,
     kernels: Kernels | None = None,
 ) -> int:
     """How many threads a call of a backend on so many array elements, or on many, runs on."""
@@ -94,6 +97,8 @@ def threads_for(
     threads = num_threads or _wanted()
     if kernels is None:
         return threads
+    if elements < _PARALLEL_ELEMENTS_ON.get(kernels.__name__, 0):
+        return 1
     threads = min(threads, kernels.most_threads())
     # A call on one thread asks for no team, and sends none away.
     return threads if threads == 1 or _may_have(threads, kernels.__name__) else 1

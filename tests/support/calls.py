@@ -14,12 +14,12 @@ import fastloss as fl
 from fastloss._operations import OPERATIONS
 
 _rng = np.random.default_rng(0)
-X = _rng.normal(size=(3000, 20)).astype(np.float32)  # each of these is enough for two threads
-LONG = _rng.normal(size=(40, 1025)).astype(np.float32)
-IMAGES = _rng.normal(size=(2, 21, 30, 40)).astype(np.float32)
+X = _rng.normal(size=(3500, 20)).astype(np.float32)  # each of these is enough for two threads
+LONG = _rng.normal(size=(70, 1025)).astype(np.float32)
+IMAGES = _rng.normal(size=(2, 21, 40, 45)).astype(np.float32)
 P = fl.softmax(X, backend="numpy")
 Y = _rng.integers(0, 20, len(X))
-CLASSES = _rng.integers(0, 21, (2, 30, 40))
+CLASSES = _rng.integers(0, 21, (2, 40, 45))
 SOFT = _rng.dirichlet(np.ones(20), len(X)).astype(np.float32)
 W = _rng.normal(size=(300, 20)).astype(np.float32)
 

@@ -10,7 +10,7 @@ from fastloss._threads import usable_cpus
 from support import cases
 from support.cases import Layout
 
-_LAYOUTS = [Layout(3000, 3), Layout(40, 1025)]  # of tiles and of rows, enough for two threads
+_LAYOUTS = [Layout(30_000, 3), Layout(70, 1025)]  # of tiles and of rows, enough for two threads
 _DTYPES = ["float32", "float64", "float16"]  # bfloat16 is read by the kernels of float16
 
 
