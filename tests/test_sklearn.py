@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 
 import fastloss as fl  # noqa: E402
+import fastloss.sklearn as sklearn_module  # noqa: E402
 from fastloss.sklearn import SoftmaxClassifier  # noqa: E402
 
 # What scikit-learn and SciPy say of others is not on trial here.
@@ -283,6 +284,24 @@ def test_a_step_is_what_it_should_be(digits):
             layer[i] = layer[i] + velocity[i]
     np.testing.assert_allclose(model.coef_, layer[0], atol=1e-12)
     np.testing.assert_allclose(model.intercept_, layer[1], atol=1e-12)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_small_batches_are_those_of_the_linear_head(
+    digits, monkeypatch, dtype, weighted, intercept
+):
+    X, y, _ = digits
+    X, s = X.astype(dtype), np.random.default_rng(0).integers(0, 3, len(y)) * weighted + 1.0
+    parameters = {"l2": 0.01, "batch_size": 50, "max_iter": 2, "fit_intercept": intercept}
+    small = sgd(**parameters).fit(X, y, s)
+    monkeypatch.setattr(sklearn_module, "_FEW_PRODUCTS", 0)
+    large = sgd(**parameters).fit(X, y, s)
+    tolerance = 1e-4 if dtype == np.float32 else 1e-12
+    assert small.loss_curve_ == pytest.approx(large.loss_curve_, rel=tolerance)
+    np.testing.assert_allclose(small.coef_, large.coef_, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(small.intercept_, large.intercept_, rtol=tolerance, atol=tolerance)
 
 
 def test_seeds(digits):

@@ -13,8 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss.functional import log_softmax, softmax
-from fastloss.linear import LinearGradients, linear_cross_entropy, linear_cross_entropy_with_grad
+from fastloss import _blas
+from fastloss.functional import cross_entropy_with_grad, log_softmax, softmax
+from fastloss.linear import (
+    LinearGradients,
+    linear_cross_entropy,
+    linear_cross_entropy_with_grad,
+)
 
 try:
     from scipy.optimize import minimize
@@ -36,6 +41,7 @@ __all__ = ["SoftmaxClassifier"]
 
 _FLOATS = [np.float64, np.float32]
 _CHUNK_ELEMENTS = 1 << 22  # of what need not be in memory all at once
+_FEW_PRODUCTS = 1 << 20  # of numbers: they take less than what a linear head has around them
 _ROUNDING = 1e-12  # of a variance, relative to the mean square
 _LARGEST = sys.float_info.max
 _CORRECTIONS = 20  # pairs of vectors that L-BFGS remembers
@@ -560,12 +566,47 @@ class _Problem(NamedTuple):
         out: LinearGradients | None = None,
     ) -> tuple[float, LinearGradients]:
         dtype = self.X.dtype
+        coef = coef.astype(dtype, copy=False)
+        intercept = None if intercept is None else intercept.astype(dtype, copy=False)
+        if isinstance(self.X, np.ndarray) and self.X.size * len(coef) <= _FEW_PRODUCTS:
+            return self._by_bare_products(coef, intercept, normalizer, out)
         loss, gradients = linear_cross_entropy_with_grad(
-            self.X, coef.astype(dtype, copy=False), self.target,
-            linear_bias=None if intercept is None else intercept.astype(dtype, copy=False),
-            l2=self.l2, normalizer=normalizer, out=out, **self.options,
+            self.X, coef, self.target, linear_bias=intercept, l2=self.l2, normalizer=normalizer,
+            out=out, **self.options,
         )  # fmt: skip
         return float(loss), gradients
+
+    def _by_bare_products(
+        self,
+        coef: np.ndarray,
+        intercept: np.ndarray | None,
+        normalizer: float | None,
+        out: LinearGradients | None,
+    ) -> tuple[float, LinearGradients]:
+        """The same of few samples, for which a linear head takes longer than its products."""
+        coef_grad = np.empty_like(coef) if out is None else out.linear_weight
+        intercept_grad = None
+        try:
+            _blas.one_thread.hold()
+            with np.errstate(all="ignore"):
+                scores = self.X @ coef.T
+                if intercept is not None:
+                    scores += intercept
+                loss, g = cross_entropy_with_grad(
+                    scores, self.target, normalizer=normalizer, out=scores, **self.options
+                )
+                np.matmul(g.T, self.X, out=coef_grad)
+                if intercept is not None:
+                    intercept_grad = np.ones(len(g), g.dtype) @ g
+                if self.l2:
+                    # In float64, for 2 l2 may be more, or less, than a float32 holds.
+                    exact = coef.astype(np.float64)
+                    loss += self.l2 * float(np.vdot(exact, exact))
+                    exact *= 2 * self.l2
+                    coef_grad += exact
+        finally:
+            _blas.one_thread.release()
+        return float(loss), LinearGradients(coef_grad, intercept_grad)
 
 
 class _Standardized(NamedTuple):
@@ -660,7 +701,8 @@ class _Descent:
         for rows in gen_batches(num_samples, options.batch_size):
             batch = problem.rows(order[rows])
             size = len(batch.target)
-            loss, gradients = batch.loss_and_gradients(coef, intercept, size * mean_weight, out)
+            normalizer = None if problem.weight is None else size * mean_weight
+            loss, gradients = batch.loss_and_gradients(coef, intercept, normalizer, out)
             rate = self.rate * _factor(options, self.epochs + rows.start / num_samples)
             for (parameter, velocity), gradient in zip(layer, gradients, strict=False):
                 velocity *= options.momentum
@@ -776,11 +818,10 @@ def _is_one_of(value: Any, *names: str) -> bool:
 
 
 def _is_seed(value: Any) -> bool:
-    try:
-        check_random_state(value)
-    except ValueError:
-        return False
-    return True
+    """Whether `check_random_state` takes it, which would make a generator to find that out."""
+    if value is None or value is np.random or isinstance(value, np.random.RandomState):
+        return True
+    return _is_count(value, least=0) and bool(value < 1 << 32)
 
 
 def _is_finite(value: Any) -> bool:
