@@ -67,6 +67,7 @@ include "_kernels/rows.pxi"
 include "_kernels/tiles.pxi"
 include "_kernels/backward.pxi"
 include "_kernels/columns.pxi"
+include "_kernels/shared.pxi"
 include "_kernels/nll.pxi"
 
 
@@ -131,6 +132,55 @@ cdef void run_shares(
         return
     for thread in prange(threads, nogil=True, schedule="static", chunksize=1, num_threads=threads):
         run_share(job, operation, units, thread, threads, scratch, scratch_bytes)
+
+
+cdef void share_stage(Shared* shared, int thread, int num_threads) noexcept nogil:
+    """One thread's contiguous share of the blocks."""
+    cdef double scratch[3 * BLOCK]
+    cdef Py_ssize_t blocks = shared.job.rows * shared.blocks
+    cdef Py_ssize_t first = blocks * thread // num_threads
+    cdef Py_ssize_t last = blocks * (thread + 1) // num_threads
+    cdef unsigned int mode = fl_set_float_mode(FL_IEEE_MODE)
+    if shared.job.storage == FLOAT64:
+        take_blocks(shared, first, last, scratch)
+    else:
+        take_blocks(shared, first, last, <float*>scratch)
+    if shared.job.stream:
+        fl_end_stream()
+    fl_set_float_mode(mode)
+
+
+cdef void begin_stage(Shared* shared) noexcept nogil:
+    """On one thread: put together the stage before."""
+    cdef double scratch[3 * BLOCK]
+    cdef unsigned int mode = fl_set_float_mode(FL_IEEE_MODE)
+    if shared.job.storage == FLOAT64:
+        shared.stage = next_stage(shared, scratch)
+    else:
+        shared.stage = next_stage(shared, <float*>scratch)
+    fl_set_float_mode(mode)
+
+
+cdef int run_shared(const Job* job, Operation operation, int threads) except -1:
+    """The job's rows, each shared out among all threads."""
+    cdef Shared shared
+    cdef Py_ssize_t blocks = job.rows * blocks_in(job.num_classes)
+    cdef cnp.ndarray kept, found = np.empty(blocks * <Py_ssize_t>sizeof(Block), np.uint8)
+    cdef int thread
+    shared.job, shared.operation, shared.stage, shared.kept = job, operation, FIRST, NULL
+    shared.blocks = blocks_in(job.num_classes)
+    shared.block = <Block*>cnp.PyArray_DATA(found)
+    if operation == SOFTMAX or has_losses(operation) and job.out != NULL:
+        kept = np.empty(blocks * BLOCK, np.float64 if job.storage == FLOAT64 else np.float32)
+        shared.kept = cnp.PyArray_BYTES(kept)
+    while True:
+        begin_stage(&shared)
+        if shared.stage == DONE:
+            return 0
+        for thread in prange(
+            threads, nogil=True, schedule="static", chunksize=1, num_threads=threads
+        ):
+            share_stage(&shared, thread, threads)
 
 
 cdef void clear(char* data, Py_ssize_t size, int threads) noexcept:
@@ -209,16 +259,20 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
     cdef Py_ssize_t scratch_bytes = plan(job, operation)
     cdef Py_ssize_t units = (job.rows + job.group - 1) // job.group
     cdef int threads = <int>min(<Py_ssize_t>num_threads, units)
+    cdef int sharing = <int>min(<Py_ssize_t>num_threads, job.rows * job.num_classes // PIECE)
     cdef cnp.ndarray memory, partial
     cdef char* scratch
     if units == 0:
         return 0.0
     # All memory is taken before anything is written: where there is none, MemoryError says so.
-    memory = np.empty(threads * scratch_bytes + LINE, np.uint8)
     partial = np.empty((job.rows + job.summed - 1) // job.summed)
-    scratch = <char*>round_up(<Py_ssize_t>cnp.PyArray_BYTES(memory))
     job.partial = <double*>cnp.PyArray_DATA(partial)
-    run_shares(job, operation, units, threads, scratch, scratch_bytes)
+    if may_be_shared(job, operation) and threads < sharing:
+        run_shared(job, operation, sharing)
+    else:
+        memory = np.empty(threads * scratch_bytes + LINE, np.uint8)
+        scratch = <char*>round_up(<Py_ssize_t>cnp.PyArray_BYTES(memory))
+        run_shares(job, operation, units, threads, scratch, scratch_bytes)
     if operation == NLL and job.out != NULL:  # which may be log_probs: not before these were read
         clear(job.out, job.rows * job.num_classes * itemsize(job.storage), num_threads)
         run_shares(job, NLL_BACKWARD, units, threads, scratch, scratch_bytes)

@@ -62,62 +62,65 @@ cdef void backward_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
     cdef real* kept = scratch + 2 * BLOCK
-    cdef const char* forward
-    cdef const char* upstream
-    cdef const real* p
-    cdef const real* g
-    cdef real* result
-    cdef real f, shrink, pivot, magic, lowest, m
-    cdef double total, unit_m
+    cdef real m
+    cdef double total
     cdef bint huge
-    cdef Py_ssize_t i, b, c, j, width, first = unit * job.group, n = rows_in_unit(job, unit)
+    cdef Py_ssize_t i, b, blocks = blocks_in(job.num_classes)
+    cdef Py_ssize_t first = unit * job.group, n = rows_in_unit(job, unit)
     for i in range(n):
-        forward = row_of(job, job.logits, job.storage, first + i)
-        upstream = row_of(job, job.other, job.storage, first + i)
-        total = 0.0
-        for b in range(blocks_in(job.num_classes)):
-            c = b * BLOCK
-            width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-            g = load_block(job.storage, upstream, c, width, scratch)
-            if operation == SOFTMAX_BACKWARD:
-                p = load_block(job.storage, forward, c, width, scratch + BLOCK)
-                total += dot_block(g, p, width)
-            else:
-                total += sum_block(g, width)
-        f = <real>total
-        m = pivot = magic = lowest = shrink = 0
+        total = m = 0
+        for b in range(blocks):
+            total += terms_of_block(job, operation, first + i, b, False, scratch)
         huge = is_huge(total, m)
         if huge:
             total = 0.0
-            for b in range(blocks_in(job.num_classes)):
-                c = b * BLOCK
-                width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-                g = load_block(job.storage, upstream, c, width, scratch)
-                p = load_block(job.storage, forward, c, width, scratch + BLOCK)
-                total += huge_sum(operation, g, p, 1, width)
+            for b in range(blocks):
+                total += terms_of_block(job, operation, first + i, b, True, scratch)
         if operation == LOG_SOFTMAX_BACKWARD:
-            m = reference_above(largest_of_row(job, forward, scratch))
-            unit_m = unit_of(m)
-            shrink = shrink_for(total * unit_m, m)
-            f = <real>(total / shrink * unit_m)
-            pivot, magic = pivot_of(m), magic_of(m)
-            lowest = lowest_of(magic)
-        for b in range(blocks_in(job.num_classes)):
-            c = b * BLOCK
-            width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-            g = load_block(job.storage, upstream, c, width, scratch)
-            p = load_block(job.storage, forward, c, width, scratch + BLOCK)
-            result = kept + i * job.num_classes + c
-            if huge:
-                huge_difference(operation, g, p, result, 1, width, m, total)
-            elif operation == SOFTMAX_BACKWARD:
-                for j in range(width):
-                    result[j] = p[j] * (g[j] - f)
-            else:
-                for j in range(width):
-                    result[j] = subtract_product(
-                        exponential(p[j], pivot, magic, lowest) * shrink, f, g[j])
+            m = largest_of_row(job, row_of(job, job.logits, job.storage, first + i), scratch)
+        for b in range(blocks):
+            backward_block(job, operation, first + i, b, huge, m, total,
+                           kept + i * job.num_classes + b * BLOCK, scratch)
     store_rows(job, first, n, kept)
+
+
+cdef inline double terms_of_block(
+    const Job* job, Operation operation, Py_ssize_t row, Py_ssize_t b, bint huge, real* scratch
+) noexcept nogil:
+    """The sum that the result asks for."""
+    cdef Py_ssize_t start = row * job.row_step + b * BLOCK
+    cdef Py_ssize_t n = min(job.num_classes - b * BLOCK, <Py_ssize_t>BLOCK)
+    cdef const real* g = load_block(job.storage, job.other, start, n, scratch)
+    cdef const real* p
+    if operation == LOG_SOFTMAX_BACKWARD and not huge:
+        return sum_block(g, n)
+    p = load_block(job.storage, job.logits, start, n, scratch + BLOCK)
+    return huge_sum(operation, g, p, 1, n) if huge else dot_block(g, p, n)
+
+
+cdef inline void backward_block(
+    const Job* job, Operation operation, Py_ssize_t row, Py_ssize_t b, bint huge, real maximum,
+    double total, real* result, real* scratch,
+) noexcept nogil:
+    cdef Py_ssize_t start = row * job.row_step + b * BLOCK, j
+    cdef Py_ssize_t n = min(job.num_classes - b * BLOCK, <Py_ssize_t>BLOCK)
+    cdef const real* g = load_block(job.storage, job.other, start, n, scratch)
+    cdef const real* p = load_block(job.storage, job.logits, start, n, scratch + BLOCK)
+    cdef real m = reference_above(maximum), pivot = pivot_of(m), magic = magic_of(m)
+    cdef real lowest = lowest_of(magic), f = <real>total, shrink
+    cdef double unit_m
+    if huge:
+        huge_difference(operation, g, p, result, 1, n, m, total)
+    elif operation == SOFTMAX_BACKWARD:
+        for j in range(n):
+            result[j] = p[j] * (g[j] - f)
+    else:
+        unit_m = unit_of(m)
+        shrink = shrink_for(total * unit_m, m)
+        f = <real>(total / shrink * unit_m)
+        for j in range(n):
+            result[j] = subtract_product(
+                exponential(p[j], pivot, magic, lowest) * shrink, f, g[j])
 
 
 cdef bint backward_run(

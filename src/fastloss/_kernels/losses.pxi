@@ -1,10 +1,12 @@
 # The scalar step: from what a row was reduced to, its loss and the coefficients of its gradient.
 
-cdef inline void add_exponentials(Rows* r, Py_ssize_t n, real unused) noexcept nogil:
+cdef inline void add_exponentials(
+    Rows* r, Py_ssize_t first, Py_ssize_t n, real unused
+) noexcept nogil:
     """The exponentials of the maximum and of the target, in the units of the sum."""
     cdef real m, pivot, magic
     cdef Py_ssize_t i
-    for i in range(n):
+    for i in range(first, first + n):
         m = <real>r.maximum[i]
         pivot, magic = pivot_of(m), magic_of(m)
         r.top[i] = exponential(m, pivot, magic, lowest_of(magic))

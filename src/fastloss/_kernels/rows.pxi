@@ -267,41 +267,55 @@ cdef void log_softmax_rows(
     cdef real* kept = scratch + 2 * BLOCK
     cdef Rows r
     cdef const char* x
-    cdef const real* block
-    cdef real* result
-    cdef real m, log_sum
-    cdef Py_ssize_t i, b, c, j, width, first = unit * job.group, n = rows_in_unit(job, unit)
+    cdef real m
+    cdef Py_ssize_t i, b, c, width, first = unit * job.group, n = rows_in_unit(job, unit)
     largest_of_rows(job, first, n, &r, scratch)
     for i in range(n):
         x = row_of(job, job.logits, job.storage, first + i)
         m = <real>r.maximum[i]
         r.target_logit[i] = m
         r.others[i] = exp_row(job, x, find_in_row(job, x, m, scratch), m, <real*>NULL, scratch)
-    add_exponentials(&r, n, scratch[0])
-    for i in range(n):
-        r.log_sum[i] = log1p(r.others[i] / r.top[i])
-    result = kept
+    add_exponentials(&r, 0, n, scratch[0])
+    log_softmax_step(job, operation, first, n, &r, scratch)
     if operation == LOGSUMEXP:
-        for i in range(n):
-            x = row_of(job, job.logits, job.storage, first + i)
-            # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
-            if not is_finite(r.maximum[i]) and not row_holds_nan(job, x, scratch):
-                r.log_sum[i] = 0.0
-        for i in range(n):
-            result[i] = <real>(r.maximum[i] + r.log_sum[i])
-        store(job, first, n, result)
         return
     for i in range(n):
         x = row_of(job, job.logits, job.storage, first + i)
-        m, log_sum = <real>r.maximum[i], <real>r.log_sum[i]
-        result = kept + i * job.num_classes
         for b in range(blocks_in(job.num_classes)):
             c = b * BLOCK
             width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-            block = load_block(job.storage, x, c, width, scratch)
-            for j in range(width):
-                result[c + j] = (block[j] - m) - log_sum
+            shift_block(load_block(job.storage, x, c, width, scratch), width, <real>r.maximum[i],
+                        <real>r.log_sum[i], kept + i * job.num_classes + c)
     store_rows(job, first, n, kept)
+
+
+cdef inline void log_softmax_step(
+    const Job* job, Operation operation, Py_ssize_t first, Py_ssize_t n, Rows* r, real* scratch
+) noexcept nogil:
+    """The scalar step of log_softmax; of logsumexp, all that is left to do."""
+    cdef real result[LANES]
+    cdef const char* x
+    cdef Py_ssize_t i
+    for i in range(n):
+        r.log_sum[i] = log1p(r.others[i] / r.top[i])
+    if operation == LOG_SOFTMAX:
+        return
+    for i in range(n):
+        x = row_of(job, job.logits, job.storage, first + i)
+        # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
+        if not is_finite(r.maximum[i]) and not row_holds_nan(job, x, scratch):
+            r.log_sum[i] = 0.0
+    for i in range(n):
+        result[i] = <real>(r.maximum[i] + r.log_sum[i])
+    store(job, first, n, result)
+
+
+cdef inline void shift_block(
+    const real* x, Py_ssize_t n, real m, real log_sum, real* to
+) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(n):
+        to[j] = (x[j] - m) - log_sum
 
 
 cdef bint loss_rows(
@@ -343,12 +357,16 @@ cdef inline bint reduce_rows(
             return not untamed
     for i in range(n):
         if apart and r.row_weight[i] == 0.0:
-            r.others[i] = r.target_logit[i] = r.gap[i] = r.mass[i] = r.top_mass[i] = 0.0
-            r.maximum[i] = 0.0
-            r.top[i] = r.target_exp[i] = 1.0
+            reduce_to_nothing(i, r)
         elif apart or r.own[i]:
             reduce_row(job, operation, first + i, i, r, index, kept + i * job.num_classes, scratch)
     return True
+
+
+cdef inline void reduce_to_nothing(Py_ssize_t i, Rows* r) noexcept nogil:
+    """As reduce_row, for a row that counts for nothing."""
+    r.others[i] = r.target_logit[i] = r.gap[i] = r.mass[i] = r.top_mass[i] = r.maximum[i] = 0.0
+    r.top[i] = r.target_exp[i] = 1.0
 
 
 cdef inline bint exp_rows_from_target(
@@ -357,7 +375,6 @@ cdef inline bint exp_rows_from_target(
 ) noexcept nogil:
     """Exponentials in common units, and sums of them; whether there are rows they are not for."""
     cdef Py_ssize_t i
-    cdef const char* x
     cdef bint untamed = are_hopeless(job, first, n, r, scratch)
     if untamed:
         for i in range(n):
@@ -367,6 +384,16 @@ cdef inline bint exp_rows_from_target(
         take_targets(job, n, r, index, kept)
         sum_rows(job, n, kept, r.others)
         untamed = find_untamed(r, n, job.scale, kept[0])
+    relate_to_targets(job, first, n, r, index, scratch)
+    return untamed
+
+
+cdef inline void relate_to_targets(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, Rows* r, const int64_t* index, real* scratch
+) noexcept nogil:
+    """What the scalar step wants to know besides, where units are common."""
+    cdef Py_ssize_t i
+    cdef const char* x
     for i in range(n):
         r.maximum[i] = r.target_logit[i] = r.gap[i] = 0.0
         r.top[i] = r.target_exp[i]
@@ -374,7 +401,6 @@ cdef inline bint exp_rows_from_target(
         for i in range(n):
             x = row_of(job, job.logits, job.storage, first + i)
             r.maximum[i] = r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
-    return untamed
 
 
 cdef inline void take_targets(
@@ -398,51 +424,58 @@ cdef void reduce_row(
 ) noexcept nogil:
     """As reduce_rows, for a row with a reference of its own."""
     cdef const char* x = row_of(job, job.logits, job.storage, row)
-    cdef real m = largest_of_row(job, x, scratch), pivot = pivot_of(m), magic = magic_of(m)
+    cdef real m = largest_of_row(job, x, scratch)
     r.maximum[i] = m
     r.gap[i] = r.mass[i] = r.top_mass[i] = 0.0
     if has_soft_target(operation):
         index[i] = find_in_row(job, x, m, scratch)
-    if has_soft_target(operation) or job.options.label_smoothing != 0.0:
+    if needs_maximum(job, operation):
         gaps_of_row(job, row, i, r, m, index[i], scratch)
     r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
     r.others[i] = exp_row(job, x, index[i], m, kept, scratch)
-    r.top[i] = exponential(m, pivot, magic, lowest_of(magic))
-    r.target_exp[i] = exponential(<real>r.target_logit[i], pivot, magic, lowest_of(magic))
+    add_exponentials(r, i, 1, m)
 
 
-cdef void gaps_of_row(
+cdef inline void gaps_of_row(
     const Job* job, Py_ssize_t row, Py_ssize_t i, Rows* r, real m, Py_ssize_t index, real* scratch
+) noexcept nogil:
+    cdef Block block
+    cdef Py_ssize_t b
+    for b in range(blocks_in(job.num_classes)):
+        gaps_of_block(job, row, b, m, index, &block, scratch)
+        r.gap[i] += block.gap
+        r.mass[i] += block.mass
+        r.top_mass[i] += block.top_mass
+
+
+cdef void gaps_of_block(
+    const Job* job, Py_ssize_t row, Py_ssize_t b, real m, Py_ssize_t index, Block* block,
+    real* scratch,
 ) noexcept nogil:
     """sum w_c t_c (m - x_c), the sum of w_c t_c without the maximum, and its w_k t_k.
 
     Where targets are indices, only the first, without t_c: it is for label smoothing.
     """
-    cdef const char* x = row_of(job, job.logits, job.storage, row)
-    cdef const char* targets = row_of(job, job.other, job.other_storage, row)
-    cdef const real* weight = NULL
-    cdef const real* block
+    cdef Py_ssize_t c = b * BLOCK, n = min(job.num_classes - c, <Py_ssize_t>BLOCK), k
+    cdef const real* x = load_block(
+        job.storage, row_of(job, job.logits, job.storage, row), c, n, scratch)
+    cdef const real* weight = NULL if job.weight == NULL else <const real*>job.relative_weight + c
     cdef const real* t
-    cdef Py_ssize_t b, c, n, k
-    for b in range(blocks_in(job.num_classes)):
-        c = b * BLOCK
-        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-        block = load_block(job.storage, x, c, n, scratch)
-        if job.other == NULL:
-            if job.weight != NULL:
-                weight = <const real*>job.relative_weight + c
-            r.gap[i] += gap_block(block, weight, n, m)
-            continue
-        t = load_block(job.other_storage, targets, c, n, scratch + BLOCK)
+    block.gap = block.mass = block.top_mass = 0.0
+    if job.other == NULL:
+        block.gap = gap_block(x, weight, n, m)
+    else:
+        t = load_block(job.other_storage, row_of(job, job.other, job.other_storage, row), c, n,
+                       scratch + BLOCK)
         k = min(max(index - c, <Py_ssize_t>0), n)
-        soft_block(job, block, t, c, k, m, &r.gap[i], &r.mass[i])
+        soft_block(job, x, t, c, k, m, &block.gap, &block.mass)
         if k < n and c + k == index:
-            soft_block(job, block + k, t + k, index, 1, m, &r.gap[i], &r.top_mass[i])
+            soft_block(job, x + k, t + k, index, 1, m, &block.gap, &block.top_mass)
             k += 1
-        soft_block(job, block + k, t + k, c + k, n - k, m, &r.gap[i], &r.mass[i])
-    r.gap[i] *= job.largest_weight
-    r.mass[i] *= job.largest_weight
-    r.top_mass[i] *= job.largest_weight
+        soft_block(job, x + k, t + k, c + k, n - k, m, &block.gap, &block.mass)
+    block.gap *= job.largest_weight
+    block.mass *= job.largest_weight
+    block.top_mass *= job.largest_weight
 
 
 cdef inline void write_rows(
@@ -474,39 +507,42 @@ cdef inline void write_row(
     const Job* job, Py_ssize_t row, Py_ssize_t i, const Rows* r, Py_ssize_t index, real* e,
     real* scratch,
 ) noexcept nogil:
-    """From exponentials to the gradient: factor * e_c - spread * w_c t_c, and left_out at index."""
-    cdef const real* t
-    cdef const real* w = <const real*>job.relative_weight
-    cdef double spread = r.spread[i] * job.largest_weight
-    cdef real f, on_target, on_all
-    cdef Py_ssize_t b, c, j, n, num_classes = job.num_classes
+    cdef Py_ssize_t b
     if r.row_weight[i] == 0.0:
-        memset(e, 0, num_classes * sizeof(real))
+        memset(e, 0, job.num_classes * sizeof(real))
         return
-    f = narrow_factor(e, num_classes, r.factor[i])
+    for b in range(blocks_in(job.num_classes)):
+        write_block(job, row, b, i, r, e + b * BLOCK, scratch)
+    e[index] = <real>r.left_out[i]
+
+
+cdef inline void write_block(
+    const Job* job, Py_ssize_t row, Py_ssize_t b, Py_ssize_t i, const Rows* r, real* e,
+    real* scratch,
+) noexcept nogil:
+    """From exponentials to the gradient: factor * e_c - spread * w_c t_c."""
+    cdef Py_ssize_t c = b * BLOCK, n = min(job.num_classes - c, <Py_ssize_t>BLOCK), j
+    cdef const real* t
+    cdef const real* w = <const real*>job.relative_weight + c
+    cdef double spread = r.spread[i] * job.largest_weight
+    cdef real f = narrow_factor(e, n, r.factor[i]), on_target, on_all = <real>spread
     if job.other == NULL and job.weight == NULL:
-        on_all = <real>spread
-        for j in range(num_classes):
+        for j in range(n):
             e[j] = e[j] * f - on_all
     elif job.other == NULL:
-        on_all = <real>spread
-        for j in range(num_classes):
+        for j in range(n):
             e[j] = e[j] * f - on_all * w[j]
     else:
         on_target = <real>(spread * (1.0 - job.options.label_smoothing))
         on_all = <real>(spread * job.options.label_smoothing / job.num_classes)
-        for b in range(blocks_in(num_classes)):
-            c = b * BLOCK
-            n = min(num_classes - c, <Py_ssize_t>BLOCK)
-            t = load_block(job.other_storage, row_of(job, job.other, job.other_storage, row), c, n,
-                           scratch)
-            if job.weight == NULL:
-                for j in range(n):
-                    e[c + j] = e[c + j] * f - (on_target * t[j] + on_all)
-            else:
-                for j in range(n):
-                    e[c + j] = e[c + j] * f - w[c + j] * (on_target * t[j] + on_all)
-    e[index] = <real>r.left_out[i]
+        t = load_block(job.other_storage, row_of(job, job.other, job.other_storage, row), c, n,
+                       scratch)
+        if job.weight == NULL:
+            for j in range(n):
+                e[j] = e[j] * f - (on_target * t[j] + on_all)
+        else:
+            for j in range(n):
+                e[j] = e[j] * f - w[j] * (on_target * t[j] + on_all)
 
 
 cdef inline void row_unit(

@@ -414,7 +414,7 @@ cdef inline void exp_tile_from_maximum(
         r.maximum[j] = maximum[j]
         r.own[j] = 1
     exp_tile(job, first, tile, index, e, False, r)
-    add_exponentials(r, LANES, tile[0])
+    add_exponentials(r, 0, LANES, tile[0])
 
 
 cdef inline void exp_tile_from_target(

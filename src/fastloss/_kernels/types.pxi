@@ -33,6 +33,7 @@ cdef enum:
     CACHED = 3072  # elements of short rows that are gone through twice, in three arrays
     TURN = 16  # classes of columns that are turned into rows at a time
     TURNED = 16777216  # elements of the columns in a unit of work, at most LANES of them
+    PIECE = 8192  # classes of a long row that are worth a thread of their own
     WIDE = 16384  # elements of the tiles in a unit of work, where runs may be long
     MOST_TILES = 8  # of a unit
     FEWEST_UNITS = 32  # that are to be left when tiles are put together
@@ -171,3 +172,33 @@ cdef struct Rows:
     double factor[LANES]
     double spread[LANES]
     double left_out[LANES]
+
+
+cdef struct Block:
+    # What a block of a row was reduced to.
+    double maximum
+    double sum
+    double gap
+    double mass
+    double top_mass
+
+
+cdef enum Stage:
+    FIRST
+    COMMON_UNITS
+    MAXIMA
+    OWN_UNITS
+    WRITE
+    DONE
+
+
+cdef struct Shared:
+    # Rows that threads share.
+    const Job* job
+    Operation operation
+    Stage stage
+    Rows r
+    int64_t index[LANES]  # of the class left out of a row's sum, or -1
+    Py_ssize_t blocks  # of a row
+    Block* block
+    char* kept  # exponentials, of whole blocks; NULL where they are not asked for again
