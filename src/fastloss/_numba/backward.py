@@ -33,48 +33,54 @@ from fastloss._numba.types import (
 @inline
 def backward_rows(g, p, out, r, scratch, first, n, plan):
     buffer, line, kept = row_scratch(scratch)
-    num_classes, storage = plan.num_classes, plan.storage
-    log_probs = plan.operation == LOG_SOFTMAX_BACKWARD
-    real = scratch.dtype.type
-    if log_probs:
+    num_classes = plan.num_classes
+    if plan.operation == LOG_SOFTMAX_BACKWARD:
         largest_of_rows(p, first, n, plan, r, buffer)
     for i in range(n):
         start = (first + i) * plan.row_step
         total = 0.0
         for c in range(0, num_classes, BLOCK):
-            width = min(BLOCK, num_classes - c)
-            upstream = load_block(g, start + c, width, buffer, storage)
-            if log_probs:
-                total += sum_block(upstream)
-            else:
-                total += dot_block(upstream, load_block(p, start + c, width, line, storage))
+            total += terms_of_block(g, p, start, c, False, plan, buffer, line)
         huge = is_huge(total, scratch)
         if huge:
             total = 0.0
             for c in range(0, num_classes, BLOCK):
-                width = min(BLOCK, num_classes - c)
-                upstream = load_block(g, start + c, width, buffer, storage)
-                forward = load_block(p, start + c, width, line, storage)
-                total += huge_sum(upstream, forward, 1, width, log_probs)
-        m = reference_above(real(r[MAXIMUM + i] if log_probs else 0.0))
-        pivot, magic = pivot_of(m), magic_of(m)
-        lowest, unit = lowest_of(magic), unit_of(m)
-        shrink = shrink_for(total, unit, scratch) if log_probs else 1.0
-        f = real(total * (1 / shrink) * unit if log_probs else total)
+                total += terms_of_block(g, p, start, c, True, plan, buffer, line)
         for c in range(0, num_classes, BLOCK):
-            width = min(BLOCK, num_classes - c)
-            upstream = load_block(g, start + c, width, buffer, storage)
-            forward = load_block(p, start + c, width, line, storage)
-            to = kept[i * num_classes + c : i * num_classes + c + width]
-            if huge:
-                huge_difference(
-                    upstream, forward, to, 1, width, pivot, magic, lowest, unit, total, log_probs
-                )
-            elif log_probs:
-                log_softmax_vjp(upstream, forward, pivot, magic, lowest, real(shrink), f, to)
-            else:
-                softmax_vjp(upstream, forward, f, to)
+            to = kept[i * num_classes + c : i * num_classes + min(c + BLOCK, num_classes)]
+            backward_block(g, p, start, c, huge, r[MAXIMUM + i], total, to, plan, buffer, line)
     store_rows(out, first, kept, n, plan)
+
+
+@inline
+def terms_of_block(g, p, start, c, huge, plan, buffer, line):
+    """The sum that the result asks for, of the block that begins with class c."""
+    n = min(BLOCK, plan.num_classes - c)
+    log_probs = plan.operation == LOG_SOFTMAX_BACKWARD
+    upstream = load_block(g, start + c, n, buffer, plan.storage)
+    if log_probs and not huge:
+        return sum_block(upstream)
+    forward = load_block(p, start + c, n, line, plan.storage)
+    return huge_sum(upstream, forward, 1, n, log_probs) if huge else dot_block(upstream, forward)
+
+
+@inline
+def backward_block(g, p, start, c, huge, maximum, total, to, plan, buffer, line):
+    n, real = to.size, buffer.dtype.type
+    log_probs = plan.operation == LOG_SOFTMAX_BACKWARD
+    upstream = load_block(g, start + c, n, buffer, plan.storage)
+    forward = load_block(p, start + c, n, line, plan.storage)
+    m = reference_above(real(maximum if log_probs else 0.0))
+    pivot, magic = pivot_of(m), magic_of(m)
+    lowest, unit = lowest_of(magic), unit_of(m)
+    if huge:
+        huge_difference(upstream, forward, to, 1, n, pivot, magic, lowest, unit, total, log_probs)
+    elif log_probs:
+        shrink = shrink_for(total, unit, buffer)
+        f = total * (1 / shrink) * unit
+        log_softmax_vjp(upstream, forward, pivot, magic, lowest, real(shrink), real(f), to)
+    else:
+        softmax_vjp(upstream, forward, real(total), to)
 
 
 @inline

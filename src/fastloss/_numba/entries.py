@@ -42,6 +42,16 @@ from fastloss._numba.rows import (
     write_plain_rows,
     write_rows,
 )
+from fastloss._numba.shared import (
+    FOUND,
+    is_taken,
+    may_be_shared,
+    next_stage,
+    next_stage_of_backward,
+    shared_of,
+    take_block,
+    take_block_of_backward,
+)
 from fastloss._numba.targets import check_block, read_sample_weights, read_targets
 from fastloss._numba.tiles import (
     load_tiles,
@@ -55,13 +65,16 @@ from fastloss._numba.tiles import (
 )
 from fastloss._numba.types import (
     BFLOAT16,
+    BLOCK,
     CHECK_BLOCK,
     COLUMNS,
     CROSS_ENTROPY,
     CROSS_ENTROPY_SOFT,
+    DONE,
     EIGHT,
     FEWEST_UNITS,
     FIELDS,
+    FIRST,
     FLOAT16,
     FLOAT32,
     FLOAT64,
@@ -76,6 +89,7 @@ from fastloss._numba.types import (
     MAXIMUM,
     MOST_TILES,
     NLL,
+    PIECE,
     ROWS,
     SHORT_ROW,
     SOFTMAX,
@@ -98,6 +112,17 @@ from fastloss._numba.types import (
 def on_threads(share, arguments, units, threads):
     for thread in prange(threads):
         call_share(share, arguments, units, thread, threads)
+
+
+@entry(parallel=True)
+def in_stages(share, arguments, blocks, threads):
+    """The stage is the first of the arguments; a share of no blocks finds out the next."""
+    while True:
+        call_share(share, arguments, 0, 0, 1)
+        if arguments[0][0] == DONE:
+            return
+        for thread in prange(threads):
+            call_share(share, arguments, blocks, thread, threads)
 
 
 @inline
@@ -344,6 +369,48 @@ def cross_entropy_share(
 
 
 @entry
+def shared_share(
+    stage, x, target, soft, weight, sample_weight, relative_weight, largest_weight, weight_sum,
+    plan, ignore_index, options, scale, losses, out, scratch, kept, found, fields, partial,
+    blocks, thread, threads,
+):  # fmt: skip
+    """All but the backward functions: target and soft are None where there are no losses."""
+    mode = set_float_mode(IEEE)
+    given = options_of(options)
+    shared = shared_of(
+        x, out, fields, found, kept, Plan(*plan), relative_weight, largest_weight, scale, scratch,
+        thread,
+    )  # fmt: skip
+    soft_scores = borrow(soft)
+    if not blocks:
+        stage[0] = next_stage(
+            stage[0], shared, target, soft_scores, weight, sample_weight, ignore_index, given,
+            losses, partial, weight_sum,
+        )  # fmt: skip
+    for place in share_of(blocks, thread, threads):
+        if is_taken(stage[0], shared, place):
+            take_block(stage[0], shared, soft_scores, given, losses, place)
+    end_stream()
+    set_float_mode(mode)
+
+
+@entry
+def shared_backward_share(
+    stage, g, p, out, plan, scratch, kept, found, fields, blocks, thread, threads
+):
+    mode = set_float_mode(IEEE)
+    shared = shared_of(p, out, fields, found, kept, Plan(*plan), None, 1.0, 1.0, scratch, thread)
+    upstream = borrow(g)
+    if not blocks:
+        stage[0] = next_stage_of_backward(stage[0], shared)
+    for place in share_of(blocks, thread, threads):
+        if is_taken(stage[0], shared, place):
+            take_block_of_backward(stage[0], shared, upstream, place)
+    end_stream()
+    set_float_mode(mode)
+
+
+@entry
 def nll_share(
     log_probs, target, weight, sample_weight, plan, ignore_index, losses, scratch, fields, partial,
     units, thread, threads,
@@ -408,6 +475,9 @@ _layer_started = False
 
 def softmax(logits, out, num_threads):
     plan, units, threads = plan_of(SOFTMAX, logits, out, num_threads)
+    if sharing := _sharing(plan, units, num_threads):
+        _map_shared(logits, out, plan, sharing)
+        return
     x = _flat(logits)
     arguments = (x, _flat_out(out), tuple(plan), *_scratch(logits, plan, threads),
                  _turned(x, plan, threads), _fields(plan, threads))  # fmt: skip
@@ -424,6 +494,9 @@ def logsumexp(logits, out, num_threads):
 
 def _log_softmax(operation, logits, out, num_threads):
     plan, units, threads = plan_of(operation, logits, out, num_threads)
+    if sharing := _sharing(plan, units, num_threads):
+        _map_shared(logits, out, plan, sharing)
+        return
     x = _flat(logits)
     arguments = (x, _flat_out(out), tuple(plan), *_scratch(logits, plan, threads),
                  _turned(x, plan, threads), _fields(plan, threads))  # fmt: skip
@@ -441,6 +514,10 @@ def log_softmax_backward(grad_output, log_probs, out, num_threads):
 def _backward(operation, grad_output, forward, out, num_threads):
     plan, units, threads = plan_of(operation, forward, out, num_threads, grad_output)
     g, p = _flat(grad_output), _flat(forward)
+    if sharing := _sharing(plan, units, num_threads):
+        arguments = (g, p, _flat_out(out), tuple(plan), *_shared_scratch(forward, plan, sharing))
+        _run_shared(shared_backward_share, arguments, plan, sharing)
+        return
     arguments = (g, p, _flat_out(out), tuple(plan), *_scratch(forward, plan, threads),
                  _turned(p, plan, threads), _turned(g, plan, threads),
                  _fields(plan, threads))  # fmt: skip
@@ -479,13 +556,19 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
         plan, units, threads = plan_of(CROSS_ENTROPY, logits, grad, num_threads)
     x = _flat(logits)
     given = None if is_plain(options) and not labels.soft else tuple(options)
-    turned_soft = None if soft is None else _turned(soft, plan, threads)
     weight_sum = float(plan.num_classes if labels.weight is None else labels.weight.sum())
     partial = np.empty(-(-plan.rows // plan.summed))
     arguments = (
         x, target, soft, *_weights(labels), *_relative(labels.weight, logits), weight_sum,
         tuple(plan), options.ignore_index, given, scale, *_outputs(logits, losses, grad),
-        *_scratch(logits, plan, threads), _turned(x, plan, threads), turned_soft,
+    )  # fmt: skip
+    if sharing := _sharing(plan, units, num_threads):
+        scratch = _shared_scratch(logits, plan, sharing, grad is not None)
+        _run_shared(shared_share, (*arguments, *scratch, partial), plan, sharing)
+        return _total(partial)
+    turned_soft = None if soft is None else _turned(soft, plan, threads)
+    arguments = (
+        *arguments, *_scratch(logits, plan, threads), _turned(x, plan, threads), turned_soft,
         _fields(plan, threads), partial,
     )  # fmt: skip
     _run(cross_entropy_share, arguments, units, threads)
@@ -646,7 +729,37 @@ def _turned(flat, plan, threads):
     return np.empty((max(threads, 1), size), flat.dtype)
 
 
-def _run(share, arguments, units, threads):
+def _sharing(plan, units, num_threads):
+    """How many threads share each row; 0 where rows are short, or more than threads."""
+    threads = min(num_threads, plan.rows * plan.num_classes // PIECE)
+    return threads if may_be_shared(plan) and units < threads and _start_layer() else 0
+
+
+def _shared_scratch(array, plan, threads, keeps=False):
+    """Scratch for each thread, exponentials if they are kept, what blocks and rows come to."""
+    real, blocks = _compute_dtype(array), plan.rows * -(-plan.num_classes // BLOCK)
+    return (
+        np.empty((threads, 3 * BLOCK), real), np.empty(blocks * BLOCK * keeps, real),
+        np.zeros((FOUND, blocks)), np.empty((1, FIELDS)),
+    )  # fmt: skip
+
+
+def _map_shared(logits, out, plan, threads):
+    real = _compute_dtype(logits)
+    absent = (_ABSENT[np.float64], _ABSENT[np.float64], _ABSENT[real])
+    arguments = (
+        _flat(logits), None, None, *absent, 1.0, 0.0, tuple(plan), 0, None, 1.0, None,
+        _flat_out(out), *_shared_scratch(logits, plan, threads, plan.operation == SOFTMAX), None,
+    )  # fmt: skip
+    _run_shared(shared_share, arguments, plan, threads)
+
+
+def _run_shared(share, arguments, plan, threads):
+    blocks = plan.rows * -(-plan.num_classes // BLOCK)
+    _run(share, (np.full(1, FIRST), *arguments), blocks, threads, in_stages)
+
+
+def _run(share, arguments, units, threads, launch=on_threads):
     """On one thread without Numba's thread pool, which a forked child must not touch."""
     if threads <= 1 or not _start_layer():
         if units:
@@ -657,7 +770,7 @@ def _run(share, arguments, units, threads):
         before = numba.get_num_threads()
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         try:
-            on_threads(address, arguments, units, threads)
+            launch(address, arguments, units, threads)
         finally:
             numba.set_num_threads(before)
 

@@ -279,15 +279,8 @@ def log_softmax_rows(x, out, r, scratch, first, n, plan):
         r[TARGET_LOGIT + i] = m
         r[OTHERS + i] = exp_row(x, start, index, m, False, kept, plan, buffer, line, ahead)
     add_exponentials(r, n, scratch)
-    for i in range(n):
-        r[LOG_SUM + i] = log1p(r[OTHERS + i] / r[TOP + i])
+    log_softmax_step(x, r, first, n, plan, buffer)
     if plan.operation == LOGSUMEXP:
-        for i in range(n):
-            # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
-            if not math.isfinite(r[MAXIMUM + i]) and not row_holds_nan(
-                x, (first + i) * plan.row_step, plan, buffer
-            ):
-                r[LOG_SUM + i] = 0.0
         return
     for i in range(n):
         m, log_sum = real(r[MAXIMUM + i]), real(r[LOG_SUM + i])
@@ -297,6 +290,20 @@ def log_softmax_rows(x, out, r, scratch, first, n, plan):
             start = i * plan.num_classes + c
             shift_block(block, m, log_sum, kept[start : start + width])
     store_rows(out, first, kept, n, plan)
+
+
+@inline
+def log_softmax_step(x, r, first, n, plan, buffer):
+    """The scalar step of log_softmax, and of logsumexp."""
+    for i in range(n):
+        r[LOG_SUM + i] = log1p(r[OTHERS + i] / r[TOP + i])
+    if plan.operation == LOGSUMEXP:
+        for i in range(n):
+            # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
+            if not math.isfinite(r[MAXIMUM + i]) and not row_holds_nan(
+                x, (first + i) * plan.row_step, plan, buffer
+            ):
+                r[LOG_SUM + i] = 0.0
 
 
 @inline
@@ -323,15 +330,21 @@ def reduce_rows(
             return
     for i in range(n):
         if apart and r[ROW_WEIGHT + i] == 0.0:
-            for field in (OTHERS, TARGET_LOGIT, GAP, MASS, TOP_MASS, MAXIMUM, INDEX):
-                r[field + i] = 0.0
-            r[TOP + i] = 1.0
-            r[TARGET_EXP + i] = 1.0
+            reduce_to_nothing(r, i)
         elif apart or r[OWN + i] != 0.0:
             reduce_row(
                 x, soft, r, i, kept[i * plan.num_classes :], first + i, plan, weight,
                 largest_weight, options, buffer, line, ahead,
             )  # fmt: skip
+
+
+@inline
+def reduce_to_nothing(r, i):
+    """As reduce_row, for a row that counts for nothing."""
+    for field in (OTHERS, TARGET_LOGIT, GAP, MASS, TOP_MASS, MAXIMUM):
+        r[field + i] = 0.0
+    r[TOP + i] = 1.0
+    r[TARGET_EXP + i] = 1.0
 
 
 @inline
@@ -341,6 +354,13 @@ def exp_rows_from_target(x, r, kept, first, n, plan, buffer, ahead, options, sca
     take_targets(kept, r, n, plan.num_classes)
     sum_rows(kept, r, n, plan.num_classes)
     untamed = find_untamed(r, n, scale, kept)
+    relate_to_targets(x, r, first, n, plan, options)
+    return untamed
+
+
+@inline
+def relate_to_targets(x, r, first, n, plan, options):
+    """What the scalar step wants to know besides, where units are common."""
     for i in range(n):
         r[TARGET_LOGIT + i] = 0.0
         r[MAXIMUM + i] = 0.0
@@ -351,7 +371,6 @@ def exp_rows_from_target(x, r, kept, first, n, plan, buffer, ahead, options, sca
             start = (first + i) * plan.row_step
             r[TARGET_LOGIT + i] = load_one(x, start + int(r[INDEX + i]), plan.storage)
             r[MAXIMUM + i] = r[TARGET_LOGIT + i]
-    return untamed
 
 
 @inline
@@ -377,47 +396,46 @@ def reduce_row(
     r[GAP + i] = 0.0
     r[MASS + i] = 0.0
     r[TOP_MASS + i] = 0.0
-    if options is not None:
-        gaps_of_row(x, soft, start, m, r, i, plan, weight, largest_weight, options, buffer, line)
+    if soft is not None:
+        r[INDEX + i] = find_in_row(x, start, m, plan, buffer)
     index = int(r[INDEX + i])
+    if asks_all_scores(soft, options):
+        for c in range(0, plan.num_classes, BLOCK):
+            gap, mass, top_mass = gaps_of_block(
+                x, soft, start, c, index, m, plan, weight, largest_weight, options, buffer, line
+            )
+            r[GAP + i] += gap
+            r[MASS + i] += mass
+            r[TOP_MASS + i] += top_mass
     r[TARGET_LOGIT + i] = load_one(x, start + index, plan.storage)
     r[OTHERS + i] = exp_row(x, start, index, m, True, kept, plan, buffer, line, ahead)
     add_exponentials(r[i:], 1, buffer)
 
 
 @inline
-def gaps_of_row(x, soft, start, m, r, i, plan, weight, largest_weight, options, buffer, line):
+def gaps_of_block(x, soft, start, c, index, m, plan, weight, largest_weight, options, buffer, line):
     """Of soft targets sum w t (m - x), the sum of w t without the maximum, and its own w t.
 
-    Of indices, with label smoothing, sum w (m - x).
+    Of indices, with label smoothing, sum w (m - x).  All of the block that begins with class c.
     """
-    target_share = 1.0 - options.label_smoothing
-    uniform = options.label_smoothing / plan.num_classes
+    gap = mass = top_mass = 0.0
+    n = min(BLOCK, plan.num_classes - c)
+    block = load_block(x, start + c, n, buffer, plan.storage)
+    w = weight[c : c + n]
     if soft is not None:
-        gap = mass = top = 0.0
-        target_share, uniform = buffer.dtype.type(target_share), buffer.dtype.type(uniform)
-        index = find_in_row(x, start, m, plan, buffer)
-        r[INDEX + i] = index
-        for c in range(0, plan.num_classes, BLOCK):
-            n = min(BLOCK, plan.num_classes - c)
-            block = load_block(x, start + c, n, buffer, plan.storage)
-            t = load_block(soft, start + c, n, line, plan.other_storage)
-            w = weight[c : c + n]
-            gap += soft_gap(block, t, w, target_share, uniform, m)
-            k = min(max(index - c, 0), n)
-            mass += soft_mass(t[:k], w[:k], target_share, uniform)
-            if k < n and c + k == index:
-                top = soft_mass(t[k : k + 1], w[k : k + 1], target_share, uniform)
-                k += 1
-            mass += soft_mass(t[k:], w[k:], target_share, uniform)
-        r[GAP + i] = largest_weight * gap
-        r[MASS + i] = largest_weight * mass
-        r[TOP_MASS + i] = largest_weight * top
-    elif uniform != 0.0:
-        for c in range(0, plan.num_classes, BLOCK):
-            n = min(BLOCK, plan.num_classes - c)
-            block = load_block(x, start + c, n, buffer, plan.storage)
-            r[GAP + i] += largest_weight * gap_block(block, weight[c : c + n], m)
+        target_share = buffer.dtype.type(1.0 - options.label_smoothing)
+        uniform = buffer.dtype.type(options.label_smoothing / plan.num_classes)
+        t = load_block(soft, start + c, n, line, plan.other_storage)
+        gap = soft_gap(block, t, w, target_share, uniform, m)
+        k = min(max(index - c, 0), n)
+        mass = soft_mass(t[:k], w[:k], target_share, uniform)
+        if k < n and c + k == index:
+            top_mass = soft_mass(t[k : k + 1], w[k : k + 1], target_share, uniform)
+            k += 1
+        mass += soft_mass(t[k:], w[k:], target_share, uniform)
+    elif options is not None:
+        gap = gap_block(block, w, m)
+    return largest_weight * gap, largest_weight * mass, largest_weight * top_mass
 
 
 @inline
@@ -451,25 +469,31 @@ def write_plain_rows(out, r, kept, scaled, first, n, plan):
 
 @inline
 def write_row(e, soft, start, r, i, plan, weight, largest_weight, options, buffer):
-    """factor * e_c - spread * w_c t_c, and left_out at the class that was left out."""
     if r[ROW_WEIGHT + i] == 0.0:
         for c in range(e.size):
             e[c] = 0
         return
+    for c in range(0, e.size, BLOCK):
+        block = e[c : min(c + BLOCK, e.size)]
+        write_block(block, soft, start, c, r, i, plan, weight, largest_weight, options, buffer)
+    e[int(r[INDEX + i])] = r[LEFT_OUT + i]
+
+
+@inline
+def write_block(e, soft, start, c, r, i, plan, weight, largest_weight, options, buffer):
+    """From exponentials to the gradient: factor * e_c - spread * w_c t_c."""
     spread = r[SPREAD + i] * largest_weight
     f = narrow_factor(e, r[FACTOR + i])
+    w = weight[c : c + e.size]
     if soft is not None:
         on_target = e.dtype.type(spread * (1.0 - options.label_smoothing))
         on_all = e.dtype.type(spread * (options.label_smoothing / plan.num_classes))
-        for c in range(0, e.size, BLOCK):
-            n = min(BLOCK, e.size - c)
-            t = load_block(soft, start + c, n, buffer, plan.other_storage)
-            scale_and_subtract(e[c : c + n], f, on_target, on_all, weight[c : c + n], t)
+        t = load_block(soft, start + c, e.size, buffer, plan.other_storage)
+        scale_and_subtract(e, f, on_target, on_all, w, t)
     elif spread != 0.0:
-        scale_and_spread(e, f, e.dtype.type(spread), weight)
+        scale_and_spread(e, f, e.dtype.type(spread), w)
     else:
         scale_row(e, f)
-    e[int(r[INDEX + i])] = r[LEFT_OUT + i]
 
 
 @inline

@@ -12,6 +12,7 @@ SHORT_ROW = 300  # rows of at most so many classes go into tiles
 GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
 TURN = 16  # classes of columns that are turned into rows at a time
 TURNED = 1 << 24  # elements of the columns that make up one unit of work, at most LANES of them
+PIECE = 8192  # classes of a long row that are worth a thread of their own
 WIDE = 16384  # elements of the tiles that make up one unit of work, where runs may be long
 MOST_TILES = 8  # of a unit
 FEWEST_UNITS = 32  # that are to be left when tiles are put together
@@ -33,6 +34,9 @@ ROWS, TILES, COLUMNS = range(3)
     SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, SOFTMAX_BACKWARD, LOG_SOFTMAX_BACKWARD, CROSS_ENTROPY,
     CROSS_ENTROPY_SOFT, NLL,
 ) = range(8)  # fmt: skip
+
+# The stages of rows that threads share.
+FIRST, COMMON_UNITS, MAXIMA, OWN_UNITS, WRITE, DONE = range(6)
 
 
 class Plan(NamedTuple):
