@@ -19,14 +19,15 @@ ALONE = {
     "arrays know their size and type, and slices where they begin; pointers do not": {
         "itemsize", "blocks_in", "row_of", "weight_of", "tile_of", "other_tile_of", "turned_of",
         "is_finite", "power_of_job", "widen", "row_scratch",
-        "tile_scratch", "rows_of", "rows_to", "rows_in_unit", "carries", "fold_lanes",
+        "tile_scratch", "rows_of", "rows_to", "rows_in_unit", "carries", "fold_lanes", "shared_of",
     },
     "a unit is taken through its stages in Numba's entries, share by share": {
         "row_unit", "tile_unit", "column_unit", "job_of_rows", "loss_rows", "loss_tile",
+        "take_blocks", "is_taken",
     },
     "a loop of its own is what LLVM vectorises": {
-        "softmax_vjp", "log_softmax_vjp", "fold_four", "shift_block", "scale_and_spread",
-        "scale_and_subtract", "transpose_rows", "store_halves",
+        "softmax_vjp", "log_softmax_vjp", "fold_four", "scale_and_spread", "scale_and_subtract",
+        "transpose_rows", "store_halves",
     },
     "sums of soft targets: one loop in Cython, two reductions in Numba": {
         "soft_block", "soft_gap", "soft_mass",
@@ -36,7 +37,7 @@ ALONE = {
     },
     "Numba is told the operation when it compiles: there is a share for each": {
         "is_backward", "is_nll", "has_losses", "has_soft_target", "writes_rows", "needs_maximum",
-        "is_flat",
+        "is_flat", "next_stage_of_backward", "take_block_of_backward",
     },
     "Cython adds up rows of 129 classes and more as long rows where they are, Numba from 301 on": {
         "adds_as_rows", "fold_parts",

@@ -83,6 +83,48 @@ def test_beside_rows_of_any_kind(num_classes, dtype, backend):
             assert bits(results) == bits(result[part] for result in whole)
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, HALVES[0]], ids=str)
+def test_long_rows_on_any_number_of_threads(dtype, backend):
+    """Threads share a row, or take one each: tame, too high to be, with NaN and with +inf."""
+    if backend == "numba" and dtype != FLOATS[0]:
+        pytest.skip("every type is seconds of compilation")
+    num_classes = 70001
+    scores = 3 * np.random.default_rng(0).standard_normal((4, num_classes))
+    scores[0, ::3] = -np.inf
+    scores[1] += 400 if dtype.itemsize == 8 else 44
+    scores[2, 5000] = np.nan
+    scores[3, 60000] = np.inf
+    scores, target = scores.astype(dtype), np.array([0, 40000, 5000, num_classes - 1])
+    for part in [slice(0, 4), *(slice(i, i + 1) for i in range(4))]:
+        first, *others = (
+            bits(results_for_long(scores[part], target[part], backend=backend, num_threads=n))
+            for n in THREADS
+        )
+        assert all(other == first for other in others)
+
+
+def results_for_long(scores, target, **how):
+    """What all operations return, in place where there is a choice, NaN being NaN."""
+    soft, out = scores == np.nanmax(scores, axis=1, keepdims=True), scores.copy()
+    smooth = {"label_smoothing": 0.1, "weight": np.arange(scores.shape[1]) % 7}
+    upstream, log_probs = np.sin(np.nan_to_num(scores)), -np.abs(scores)
+    huge = upstream * np.finfo(scores.dtype).max
+    results = [
+        fl.softmax(out, out=out, **how),
+        fl.log_softmax(scores, **how),
+        fl.logsumexp(scores, **how),
+        fl.cross_entropy(scores, target, reduction="none", **how),
+        *fl.cross_entropy_with_grad(scores, target, reduction="none", z_loss=1e-3, **how),
+        *fl.cross_entropy_with_grad(scores, target, reduction="none", **smooth, **how),
+        *fl.cross_entropy_with_grad(scores, soft.astype(scores.dtype), reduction="none", **how),
+        *fl.cross_entropy_with_grad(scores, target, ignore_index=40000, out=scores.copy(), **how),
+    ]
+    for gradient in (upstream, huge):
+        results += [fl.softmax_backward(gradient, np.exp(log_probs), **how)]
+        results += [fl.log_softmax_backward(gradient, log_probs, **how)]
+    return [np.where(np.isnan(a), np.nan, a) for a in results]
+
+
 def rows_of_all_kinds(num_classes, dtype, n=84):
     """Runs of alike rows with others among them: tame, too high or low to be, NaN and -inf."""
     rng = np.random.default_rng(num_classes)

@@ -425,27 +425,20 @@ cdef void reduce_row(
     """As reduce_rows, for a row with a reference of its own."""
     cdef const char* x = row_of(job, job.logits, job.storage, row)
     cdef real m = largest_of_row(job, x, scratch)
+    cdef Block block
+    cdef Py_ssize_t b
     r.maximum[i] = m
     r.gap[i] = r.mass[i] = r.top_mass[i] = 0.0
     if has_soft_target(operation):
         index[i] = find_in_row(job, x, m, scratch)
-    if needs_maximum(job, operation):
-        gaps_of_row(job, row, i, r, m, index[i], scratch)
-    r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
-    r.others[i] = exp_row(job, x, index[i], m, kept, scratch)
-    add_exponentials(r, i, 1, m)
-
-
-cdef inline void gaps_of_row(
-    const Job* job, Py_ssize_t row, Py_ssize_t i, Rows* r, real m, Py_ssize_t index, real* scratch
-) noexcept nogil:
-    cdef Block block
-    cdef Py_ssize_t b
-    for b in range(blocks_in(job.num_classes)):
-        gaps_of_block(job, row, b, m, index, &block, scratch)
+    for b in range(blocks_in(job.num_classes) if needs_maximum(job, operation) else 0):
+        gaps_of_block(job, row, b, m, index[i], &block, scratch)
         r.gap[i] += block.gap
         r.mass[i] += block.mass
         r.top_mass[i] += block.top_mass
+    r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
+    r.others[i] = exp_row(job, x, index[i], m, kept, scratch)
+    add_exponentials(r, i, 1, m)
 
 
 cdef void gaps_of_block(

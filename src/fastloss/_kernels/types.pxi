@@ -33,7 +33,7 @@ cdef enum:
     CACHED = 3072  # elements of short rows that are gone through twice, in three arrays
     TURN = 16  # classes of columns that are turned into rows at a time
     TURNED = 16777216  # elements of the columns in a unit of work, at most LANES of them
-    PIECE = 8192  # classes of a long row that are worth a thread of their own
+    PIECE = 16384  # classes of a long row that are worth a thread of their own
     WIDE = 16384  # elements of the tiles in a unit of work, where runs may be long
     MOST_TILES = 8  # of a unit
     FEWEST_UNITS = 32  # that are to be left when tiles are put together
