@@ -16,7 +16,8 @@ or rows are short and the operation asks for the maximum of each, a *tile* puts 
 SIMD lanes, copied (transposed, converted) into scratch and back.  Either way a unit of rows is put
 together in scratch that stays in cache and goes out in one run; a large result goes past the
 caches, so that memory is not read only to be overwritten, and what the next unit needs is fetched
-meanwhile.
+meanwhile. Where there are more threads than long rows, they share each row, block by block: a row
+is added up in blocks, one after the other, whoever took them.
 
 Two units for exponentials. Most rows need no maximum: theirs are 2**48 exp(x) (in float64 2**497),
 which is exact as long as nothing overflows and what counts is no subnormal number, and so can be

@@ -8,7 +8,8 @@ Where rows are short, or other samples lie between the classes, a *tile* puts LA
 SIMD lanes, copied (transposed, converted) into scratch and back.  Either way a unit of rows is put
 together in scratch that stays in cache and goes out in one run; a large result goes past the
 caches, so that memory is not read only to be overwritten, and what the next unit needs is fetched
-meanwhile.
+meanwhile.  Where there are more threads than long rows, they share each row, block by block: a row
+is added up in blocks, one after the other, whoever took them.
 
 Exponentials are kept relative to a power of two, which costs and rounds nothing, and high enough
 that what will be a subnormal result is still a normal number: the final product rounds it, once.
