@@ -15,7 +15,8 @@ from fastloss._numba.arithmetic import (
     power_of,
     times,
 )
-from fastloss._numba.jit import inline, summing, typed
+from fastloss._numba.jit import inline, typed
+from fastloss._numba.machine import sum_lanes
 from fastloss._numba.types import (
     FACTOR,
     GAP,
@@ -114,7 +115,7 @@ def cross_entropy_step(r, n, num_classes, options, scale, weight_sum, like):
 def plain_step(r, n, scale, like):
     """As cross_entropy_step, without smoothing and z-loss; the logarithm in the compute type."""
     real = like.dtype.type
-    power = np.float64(power_of(like))
+    unit = 1.0 / np.float64(power_of(like))  # a product takes less time than a quotient
     for i in range(n):
         others, target_exp, top = r[OTHERS + i], r[TARGET_EXP + i], r[TOP + i]
         weight = r[ROW_WEIGHT + i] * r[TARGET_WEIGHT + i]
@@ -122,7 +123,7 @@ def plain_step(r, n, scale, like):
         r[LOSS + i] = times(weight, log_sum - (r[TARGET_LOGIT + i] - r[MAXIMUM + i]))
         weight *= scale
         inverse = 1.0 / (others + target_exp)
-        r[FACTOR + i] = times(weight, inverse / power)
+        r[FACTOR + i] = times(weight, inverse * unit)
         r[LEFT_OUT + i] = times(weight, 0.0 - others * inverse)
 
 
@@ -166,7 +167,7 @@ def scalar_step(soft, r, n, plan, options, scale, weight_sum, like):
     )
 
 
-@summing
+@inline
 def deliver_losses(r, n, losses, first, like):
     """Round row losses to the compute type, hand them out; return the sum of what was."""
     real = like.dtype.type
@@ -177,7 +178,4 @@ def deliver_losses(r, n, losses, first, like):
     if losses.size:
         for i in range(n):
             losses[first + i] = r[LOSS + i]
-    total = 0.0
-    for i in range(LANES):
-        total += r[LOSS + i]
-    return total
+    return sum_lanes(r[LOSS : LOSS + LANES])
