@@ -192,16 +192,15 @@ def sum_kept(e, n):
 
 
 @inline
-def scale_kept(e, n, f, to, skip, left_out):
-    """n products of f, at skip left_out, in whole steps; the next row writes over the rest."""
-    # left_out in passing: a number put by itself would hold up who then reads vectors.
+def scale_kept(e, n, f, to):
+    """n products of f, in whole steps; the next row writes over the rest."""
     if n <= 4:  # the less is written beyond, the sooner it can be read
-        scale_four(e, 0, f, to, skip, left_out)
+        scale_four(e, 0, f, to)
     elif n <= EIGHT:
-        scale_eight(e, 0, f, to, skip, left_out)
+        scale_eight(e, 0, f, to)
     else:
         for i in range(0, n, STEP):
-            scale_step(e, i, f, to, skip, left_out)
+            scale_step(e, i, f, to)
 
 
 @summing

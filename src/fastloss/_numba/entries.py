@@ -29,7 +29,7 @@ from fastloss._numba.machine import (
     set_float_mode,
     unless_none,
 )
-from fastloss._numba.memory import begin_carries, flush_carries, store
+from fastloss._numba.memory import begin_carries, flush_carries, from_line, store
 from fastloss._numba.nll import nll_backward_unit, nll_unit
 from fastloss._numba.rows import (
     divide_rows,
@@ -71,7 +71,6 @@ from fastloss._numba.types import (
     CROSS_ENTROPY,
     CROSS_ENTROPY_SOFT,
     DONE,
-    EIGHT,
     FEWEST_UNITS,
     FIELDS,
     FIRST,
@@ -94,6 +93,7 @@ from fastloss._numba.types import (
     SHORT_ROW,
     SOFTMAX,
     SOFTMAX_BACKWARD,
+    STEP,
     STREAM_BYTES,
     TILES,
     TURN,
@@ -174,9 +174,10 @@ def softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, thre
     mode = set_float_mode(IEEE)
     plan = Plan(*plan)
     x, out = borrow(x), borrow(out)
-    r, scratch = own_of(fields, thread), scratch_of(tiles, rows, thread)
+    r = from_line(own_of(fields, thread), FIELDS + plan.carries)
+    scratch = from_line(scratch_of(tiles, rows, thread), plan.numbers)
     own_turned = own_of(turned, thread)
-    buffer, tile, other = tile_scratch(own_of(tiles, thread), plan)
+    buffer, tile, other = tile_scratch(unless_none(tiles, scratch), plan)
     x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
     begin_carries(r)
     untamed = 0  # rows of the last unit that common units were not for
@@ -185,7 +186,7 @@ def softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, thre
         last = min(first + plan.group, plan.rows)
         if tiles is not None:
             short = plan.inner == 1 and not untamed
-            kept, n, ahead = tile[EIGHT:], last - first, plan.group * plan.num_classes
+            kept, n, ahead = tile[STEP:], last - first, plan.group * plan.num_classes
             if short:
                 untamed = exp_rows_of_softmax(x, r, kept, first, n, plan, buffer, ahead)
             if short and not untamed:
@@ -214,9 +215,10 @@ def log_softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, 
     mode = set_float_mode(IEEE)
     plan = Plan(*plan)
     x, out = borrow(x), borrow(out)
-    r, scratch = own_of(fields, thread), scratch_of(tiles, rows, thread)
+    r = from_line(own_of(fields, thread), FIELDS + plan.carries)
+    scratch = from_line(scratch_of(tiles, rows, thread), plan.numbers)
     own_turned = own_of(turned, thread)
-    buffer, tile, _ = tile_scratch(own_of(tiles, thread), plan)
+    buffer, tile, _ = tile_scratch(unless_none(tiles, scratch), plan)
     x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
     begin_carries(r)
     for unit in share_of(units, thread, threads):
@@ -248,9 +250,10 @@ def backward_share(g, p, out, plan, tiles, rows, turned, turned_g, fields, units
     mode = set_float_mode(IEEE)
     plan = Plan(*plan)
     g, p, out = borrow(g), borrow(p), borrow(out)
-    r, scratch = own_of(fields, thread), scratch_of(tiles, rows, thread)
+    r = from_line(own_of(fields, thread), FIELDS + plan.carries)
+    scratch = from_line(scratch_of(tiles, rows, thread), plan.numbers)
     own_turned, own_turned_g = own_of(turned, thread), own_of(turned_g, thread)
-    buffer, tile, upstreams = tile_scratch(own_of(tiles, thread), plan)
+    buffer, tile, upstreams = tile_scratch(unless_none(tiles, scratch), plan)
     p_rows, out_rows = rows_of(p, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
     g_rows = rows_of(g, own_turned_g, plan.layout)
     begin_carries(r)
@@ -289,9 +292,10 @@ def cross_entropy_share(
     plan = Plan(*plan)
     given = options_of(options)
     x, out, soft_scores = borrow(x), borrow(out), borrow(soft)
-    r, scratch = own_of(fields, thread), scratch_of(tiles, rows, thread)
+    r = from_line(own_of(fields, thread), FIELDS + plan.carries)
+    scratch = from_line(scratch_of(tiles, rows, thread), plan.numbers)
     own_turned, own_turned_soft = own_of(turned, thread), own_of(turned_soft, thread)
-    buffer, tile, other = tile_scratch(own_of(tiles, thread), plan)
+    buffer, tile, other = tile_scratch(unless_none(tiles, scratch), plan)
     x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
     soft_rows = rows_of(soft_scores, own_turned_soft, plan.layout)
     begin_carries(r)
@@ -302,7 +306,7 @@ def cross_entropy_share(
         if tiles is not None:
             short = options is None and plan.inner == 1 and not untamed
             if target is not None:
-                kept, n, ahead = tile[EIGHT:], last - first, plan.group * plan.num_classes
+                kept, n, ahead = tile[STEP:], last - first, plan.group * plan.num_classes
                 if short:
                     read_targets(
                         r, target, weight, sample_weight, first, n, plan.num_classes, ignore_index,
@@ -711,12 +715,12 @@ def _scratch(array, plan, threads):
 
     Taken here, so that want of memory is an error and no crash.
     """
-    scratch = np.empty((max(threads, 1), plan.numbers), _compute_dtype(array))
+    scratch = np.empty((max(threads, 1), plan.numbers + LINE // 4), _compute_dtype(array))
     return (scratch, None) if plan.layout == TILES else (None, scratch)
 
 
 def _fields(plan, threads):
-    return np.empty((max(threads, 1), FIELDS + plan.carries))
+    return np.empty((max(threads, 1), FIELDS + plan.carries + LINE // 8))
 
 
 def _turned(flat, plan, threads):

@@ -20,6 +20,14 @@ _features = numba.config.CPU_FEATURES
 _features = (get_host_cpu_features() if _features is None else _features).split(",")
 HAS_F16C = {"+avx", "+f16c"} <= set(_features)
 
+# What puts the numbers of a vector into any order, by their type and how many there are.
+_PERMUTE = {
+    (types.float32, 16): ("+avx512f", "llvm.x86.avx512.permvar.sf.512"),
+    (types.float64, 8): ("+avx512f", "llvm.x86.avx512.permvar.df.512"),
+    (types.float32, 8): ("+avx2", "llvm.x86.avx2.permps"),
+}
+_permute = {key: name for key, (feature, name) in _PERMUTE.items() if feature in _features}
+
 
 def _place(context, builder, array_type, array, index, pointer_type):
     data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
@@ -138,37 +146,89 @@ def sum_lanes(typing_context, lane):
 
 # Loops over so few numbers are unrolled before they are vectorised, and then are not any more.
 def _scale(e_type, to_type, count):
-    """`count` numbers of e from start on, times f, to the same place of `to`; at skip left_out."""
+    """`count` numbers of e from start on, times f, to the same place of `to`."""
 
     def generate(context, builder, signature, arguments):
-        e, start, f, to, skip, left_out = arguments
+        e, start, f, to = arguments
         source, scalar, _ = _vector_at(context, builder, e_type, e, start, count)
         target, _, _ = _vector_at(context, builder, to_type, to, start, count)
         size = context.get_abi_sizeof(scalar)
         product = builder.fmul(builder.load(source, align=size), _splat(builder, f, count))
-        hole = _splat(builder, _narrow(builder, builder.sub(skip, start), size), count)
-        is_hole = builder.icmp_signed("==", _numbers(size, count), hole)
-        product = builder.select(is_hole, _splat(builder, left_out, count), product)
         builder.store(product, target, align=size)
         return context.get_dummy_value()
 
-    real = e_type.dtype
-    return types.none(e_type, types.intp, real, to_type, types.intp, real), generate
+    return types.none(e_type, types.intp, e_type.dtype, to_type), generate
 
 
 @intrinsic
-def scale_step(typing_context, e, start, f, to, skip, left_out):
+def scale_step(typing_context, e, start, f, to):
     return _scale(e, to, STEP)
 
 
 @intrinsic
-def scale_four(typing_context, e, start, f, to, skip, left_out):
+def scale_four(typing_context, e, start, f, to):
     return _scale(e, to, 4)
 
 
 @intrinsic
-def scale_eight(typing_context, e, start, f, to, skip, left_out):
+def scale_eight(typing_context, e, start, f, to):
     return _scale(e, to, EIGHT)
+
+
+@intrinsic
+def can_permute(typing_context, like):
+    """Whether scale_sixteen is there for numbers of the type of an array."""
+    able = any(dtype == like.dtype for dtype, _ in _permute)
+    return types.boolean(like), lambda *_: ir.IntType(1)(able)
+
+
+@intrinsic
+def scale_sixteen(typing_context, e, start, n, f, first, to):
+    """16 rows of n numbers, at most SHORT_ROW, from e[start] on, to the same place of `to`.
+
+    The first row times f[first], the next times the next, in one run: a vector of numbers takes
+    its factors from a vector of rows.
+    """
+    count = max((count for dtype, count in _permute if dtype == e.dtype), default=0)
+
+    def generate(context, builder, signature, arguments):
+        e_type, _, _, f_type, _, to_type = signature.args
+        e, start, n, f, first, to = arguments
+        if not count:
+            return context.get_dummy_value()
+        _, scalar, vector = _vector_at(context, builder, e_type, e, start, count)
+        size = context.get_abi_sizeof(scalar)
+        numbers = _numbers(size, count)
+        permute = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector, numbers.type]),
+            _permute[e_type.dtype, count],
+        )  # fmt: skip
+        # Number i is of row i / n, which is i times 2**24 / n over 2**24.
+        unit = ir.Constant(n.type, 1 << 24)
+        share = builder.add(builder.udiv(unit, n), ir.Constant(n.type, 1))
+        shift = _splat(builder, ir.Constant(numbers.type.element, 24), count)
+        shares = _splat(builder, _narrow(builder, share, size), count)
+        own = builder.mul(numbers, shares)
+        step = builder.mul(shares, _splat(builder, numbers.type.element(count), count))
+        for group in range(0, STEP, count):
+            group = ir.Constant(n.type, group)
+            place, _, _ = _vector_at(context, builder, f_type, f, builder.add(first, group), count)
+            factors = builder.load(place, align=size)
+            begin = builder.add(start, builder.mul(group, n))
+            owner = cgutils.alloca_once_value(builder, own)
+            with cgutils.for_range(builder, n) as loop:
+                i = builder.add(begin, builder.mul(loop.index, ir.Constant(n.type, count)))
+                source, _, _ = _vector_at(context, builder, e_type, e, i, count)
+                target, _, _ = _vector_at(context, builder, to_type, to, i, count)
+                owners = builder.load(owner)
+                each = builder.call(permute, [factors, builder.lshr(owners, shift)])
+                product = builder.fmul(builder.load(source, align=size), each)
+                builder.store(product, target, align=size)
+                builder.store(builder.add(owners, step), owner)
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.none(e, index, index, f, index, to), generate
 
 
 @intrinsic

@@ -72,6 +72,13 @@ def fetch(x, start, n):
 
 
 @inline
+def from_line(numbers, size):
+    """So many of the numbers, the first at the start of a cache line: no vector lies across two."""
+    start = -(numbers.ctypes.data // numbers.itemsize) % (LINE // numbers.itemsize)
+    return numbers[start : start + size]
+
+
+@inline
 def copy(to, values):
     for i in range(to.size):
         to[i] = values[i]

@@ -32,7 +32,7 @@ from fastloss._numba.blocks import (
 )
 from fastloss._numba.jit import inline, spliced
 from fastloss._numba.losses import add_exponentials, asks_all_scores, z_loss_of
-from fastloss._numba.machine import lanes, sum_eight
+from fastloss._numba.machine import can_permute, lanes, scale_sixteen, sum_eight
 from fastloss._numba.memory import load_block, load_one, store
 from fastloss._numba.types import (
     AHEAD,
@@ -55,6 +55,7 @@ from fastloss._numba.types import (
     RUN,
     SHORT_ROW,
     SPREAD,
+    STEP,
     TARGET_EXP,
     TARGET_LOGIT,
     TARGET_WEIGHT,
@@ -211,22 +212,34 @@ def narrow_factor(e, factor):
 
 @inline
 def scale_rows(kept, r, n, num_classes, scaled):
-    """Times FACTOR, but for LEFT_OUT at INDEX."""
-    f, left_out = lanes(kept), lanes(kept)
+    """Times FACTOR."""
+    f = lanes(kept)
     power = np.float64(power_of(kept))
     small = 0
     for i in range(n):
         f[i] = r[FACTOR + i] * power
-        left_out[i] = r[LEFT_OUT + i]
         small += (abs(r[FACTOR + i] * power) < tiny_of(kept)) & (r[FACTOR + i] != 0.0)
     if small:
         for i in range(n):
             start = i * num_classes
             f[i] = narrow_factor(kept[start : start + num_classes], r[FACTOR + i])
+    if can_permute(kept) and num_classes <= SHORT_ROW:
+        for i in range(0, n, STEP):
+            scale_sixteen(kept, i * num_classes, num_classes, f, i, scaled)
+        return
     for i in range(n):
         start = i * num_classes
-        skip = int(r[INDEX + i])
-        scale_kept(kept[start:], num_classes, f[i], scaled[start:], skip, left_out[i])
+        scale_kept(kept[start:], num_classes, f[i], scaled[start:])
+
+
+@inline
+def put_left_out(scaled, r, n, num_classes):
+    """LEFT_OUT at INDEX: of all rows at once, for a number by itself holds up who reads vectors."""
+    left_out = lanes(scaled)
+    for i in range(n):
+        left_out[i] = r[LEFT_OUT + i]
+    for i in range(n):
+        scaled[i * num_classes + int(r[INDEX + i])] = left_out[i]
 
 
 @inline
@@ -260,7 +273,6 @@ def exp_rows_of_softmax(x, r, kept, first, n, plan, buffer, ahead):
 def divide_rows(out, r, kept, scaled, first, n, plan):
     for i in range(n):
         r[FACTOR + i] = 1.0 / (r[OTHERS + i] * np.float64(power_of(kept)))
-        r[INDEX + i] = -1.0
     scale_rows(kept, r, n, plan.num_classes, scaled)
     store_rows(out, first, scaled, n, plan)
 
@@ -457,6 +469,7 @@ def write_rows(out, soft, r, scratch, first, n, plan, weight, largest_weight, op
 def write_plain_rows(out, r, kept, scaled, first, n, plan):
     dead = 0
     scale_rows(kept, r, n, plan.num_classes, scaled)
+    put_left_out(scaled, r, n, plan.num_classes)
     for i in range(n):
         dead += r[ROW_WEIGHT + i] == 0.0
     if dead:

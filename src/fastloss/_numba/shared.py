@@ -287,8 +287,9 @@ def write_shared_block(shared, soft, options, losses, i, c, x, e):
         m, log_sum = e.dtype.type(r[MAXIMUM + i]), e.dtype.type(r[LOG_SUM + i])
         shift_block(x, m, log_sum, to)
     else:
-        f = narrow_factor(e, r[FACTOR + i])
-        scale_kept(e, e.size, f, shared.line, index, left_out)
+        scale_kept(e, e.size, narrow_factor(e, r[FACTOR + i]), to)
+        if 0 <= index < e.size:
+            to[index] = left_out
     store(shared.out, start, to, plan.storage, plan.stream)
 
 
