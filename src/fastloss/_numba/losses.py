@@ -16,7 +16,7 @@ from fastloss._numba.arithmetic import (
     times,
 )
 from fastloss._numba.jit import inline, typed
-from fastloss._numba.machine import sum_lanes
+from fastloss._numba.machine import lanes, sum_lanes
 from fastloss._numba.types import (
     FACTOR,
     GAP,
@@ -114,15 +114,21 @@ def cross_entropy_step(r, n, num_classes, options, scale, weight_sum, like):
 @inline
 def plain_step(r, n, scale, like):
     """As cross_entropy_step, without smoothing and z-loss; the logarithm in the compute type."""
-    real = like.dtype.type
     unit = 1.0 / np.float64(power_of(like))  # a product takes less time than a quotient
+    ratio, top = lanes(like), lanes(like)
     for i in range(n):
-        others, target_exp, top = r[OTHERS + i], r[TARGET_EXP + i], r[TOP + i]
+        ratio[i] = r[OTHERS + i] + (r[TARGET_EXP + i] - r[TOP + i])
+        top[i] = r[TOP + i]
+    # A loop of its own: as many numbers to a vector as there is room for.
+    for i in range(n):
+        ratio[i] = log1p(ratio[i] / top[i])
+    for i in range(n):
+        others = r[OTHERS + i]
         weight = r[ROW_WEIGHT + i] * r[TARGET_WEIGHT + i]
-        log_sum = np.float64(log1p(real(others + (target_exp - top)) / real(top)))
+        log_sum = np.float64(ratio[i])
         r[LOSS + i] = times(weight, log_sum - (r[TARGET_LOGIT + i] - r[MAXIMUM + i]))
         weight *= scale
-        inverse = 1.0 / (others + target_exp)
+        inverse = 1.0 / (others + r[TARGET_EXP + i])
         r[FACTOR + i] = times(weight, inverse * unit)
         r[LEFT_OUT + i] = times(weight, 0.0 - others * inverse)
 

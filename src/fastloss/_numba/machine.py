@@ -36,13 +36,17 @@ def _place(context, builder, array_type, array, index, pointer_type):
 
 @intrinsic
 def borrow(typing_context, array):
-    """The array without its owner: slices of it count no references, which costs an atomic each."""
+    """The array without its owner: slices of it count no references, which costs an atomic each.
+
+    And LLVM is told how many bytes a number has.
+    """
     if array == types.none:
         return array(array), lambda context, builder, signature, arguments: arguments[0]
 
     def generate(context, builder, signature, arguments):
         borrowed = context.make_array(array)(context, builder, arguments[0])
         borrowed.meminfo = cgutils.get_null_value(borrowed.meminfo.type)
+        borrowed.itemsize = context.get_constant(types.intp, array.dtype.bitwidth // 8)
         return borrowed._getvalue()
 
     return array(array), generate
@@ -183,17 +187,18 @@ def can_permute(typing_context, like):
 
 
 @intrinsic
-def scale_sixteen(typing_context, e, start, n, f, first, to):
+def scale_sixteen(typing_context, e, start, n, share, f, first, to):
     """16 rows of n numbers, at most SHORT_ROW, from e[start] on, to the same place of `to`.
 
     The first row times f[first], the next times the next, in one run: a vector of numbers takes
-    its factors from a vector of rows.
+    its factors from a vector of rows.  Number i is of row i / n, which is i * share / 2**24, share
+    being 2**24 / n rounded up.
     """
     count = max((count for dtype, count in _permute if dtype == e.dtype), default=0)
 
     def generate(context, builder, signature, arguments):
-        e_type, _, _, f_type, _, to_type = signature.args
-        e, start, n, f, first, to = arguments
+        e_type, _, _, _, f_type, _, to_type = signature.args
+        e, start, n, share, f, first, to = arguments
         if not count:
             return context.get_dummy_value()
         _, scalar, vector = _vector_at(context, builder, e_type, e, start, count)
@@ -203,9 +208,6 @@ def scale_sixteen(typing_context, e, start, n, f, first, to):
             builder.module, ir.FunctionType(vector, [vector, numbers.type]),
             _permute[e_type.dtype, count],
         )  # fmt: skip
-        # Number i is of row i / n, which is i times 2**24 / n over 2**24.
-        unit = ir.Constant(n.type, 1 << 24)
-        share = builder.add(builder.udiv(unit, n), ir.Constant(n.type, 1))
         shift = _splat(builder, ir.Constant(numbers.type.element, 24), count)
         shares = _splat(builder, _narrow(builder, share, size), count)
         own = builder.mul(numbers, shares)
@@ -228,7 +230,7 @@ def scale_sixteen(typing_context, e, start, n, f, first, to):
         return context.get_dummy_value()
 
     index = types.intp
-    return types.none(e, index, index, f, index, to), generate
+    return types.none(e, index, index, index, f, index, to), generate
 
 
 @intrinsic
@@ -266,11 +268,15 @@ def sum_eight(typing_context, e, start, step, n, to, to_start):
         place, scalar, vector = _vector_at(context, builder, to_type, to, to_start, EIGHT)
         size, zero = context.get_abi_sizeof(scalar), ir.Constant(vector, [0.0] * EIGHT)
 
+        begins = [start]
+        for _ in range(EIGHT - 1):  # products of the step would be more than there are registers
+            begins.append(builder.add(begins[-1], step))
+
         def constant(number):
             return ir.Constant(n.type, number)
 
         def load(row, c):
-            index = builder.add(start, builder.add(builder.mul(step, constant(row)), c))
+            index = builder.add(begins[row], c)
             source, _, _ = _vector_at(context, builder, e_type, e, index, EIGHT)
             return builder.load(source, align=size)
 

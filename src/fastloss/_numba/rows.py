@@ -224,8 +224,9 @@ def scale_rows(kept, r, n, num_classes, scaled):
             start = i * num_classes
             f[i] = narrow_factor(kept[start : start + num_classes], r[FACTOR + i])
     if can_permute(kept) and num_classes <= SHORT_ROW:
+        share = (1 << 24) // num_classes + 1
         for i in range(0, n, STEP):
-            scale_sixteen(kept, i * num_classes, num_classes, f, i, scaled)
+            scale_sixteen(kept, i * num_classes, num_classes, share, f, i, scaled)
         return
     for i in range(n):
         start = i * num_classes
@@ -235,11 +236,12 @@ def scale_rows(kept, r, n, num_classes, scaled):
 @inline
 def put_left_out(scaled, r, n, num_classes):
     """LEFT_OUT at INDEX: of all rows at once, for a number by itself holds up who reads vectors."""
-    left_out = lanes(scaled)
+    left_out, place = lanes(scaled), lanes(np.uintp)
+    places_of(r, n, num_classes, place)
     for i in range(n):
         left_out[i] = r[LEFT_OUT + i]
     for i in range(n):
-        scaled[i * num_classes + int(r[INDEX + i])] = left_out[i]
+        scaled[place[i]] = left_out[i]
 
 
 @inline
@@ -386,13 +388,21 @@ def relate_to_targets(x, r, first, n, plan, options):
 
 
 @inline
+def places_of(r, n, num_classes, place):
+    """Where the classes INDEX of rows are; unsigned, for no index counts from the end."""
+    for i in range(n):
+        place[i] = i * num_classes + int(r[INDEX + i])
+
+
+@inline
 def take_targets(kept, r, n, num_classes):
     """Take the targets out of the exponentials."""
-    target_exp = lanes(kept)  # numbers put one by one are read as vectors: once, not field by field
+    # Numbers put one by one are read as vectors: once, not field by field.
+    target_exp, place = lanes(kept), lanes(np.uintp)
+    places_of(r, n, num_classes, place)
     for i in range(n):
-        place = i * num_classes + int(r[INDEX + i])
-        target_exp[i] = kept[place]
-        kept[place] = 0
+        target_exp[i] = kept[place[i]]
+        kept[place[i]] = 0
     for i in range(n):
         r[TARGET_EXP + i] = target_exp[i]
 
