@@ -236,12 +236,10 @@ def scale_rows(kept, r, n, num_classes, scaled):
 @inline
 def put_left_out(scaled, r, n, num_classes):
     """LEFT_OUT at INDEX: of all rows at once, for a number by itself holds up who reads vectors."""
-    left_out, place = lanes(scaled), lanes(np.uintp)
+    place = lanes(np.uintp)
     places_of(r, n, num_classes, place)
     for i in range(n):
-        left_out[i] = r[LEFT_OUT + i]
-    for i in range(n):
-        scaled[place[i]] = left_out[i]
+        scaled[place[i]] = r[LEFT_OUT + i]
 
 
 @inline
