@@ -185,12 +185,12 @@ def softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, thre
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
         if tiles is not None:
-            short = plan.inner == 1 and not untamed
-            kept, n, ahead = tile[STEP:], last - first, plan.group * plan.num_classes
+            short = plan.inner == 1 and last - first == LANES and not untamed
+            kept, ahead = tile[STEP:], plan.group * plan.num_classes
             if short:
-                untamed = exp_rows_of_softmax(x, r, kept, first, n, plan, buffer, ahead)
+                untamed = exp_rows_of_softmax(x, r, kept, first, LANES, plan, buffer, ahead)
             if short and not untamed:
-                divide_rows(out, r, kept, other, first, n, plan)
+                divide_rows(out, r, kept, other, first, LANES, plan)
                 continue
         load_unit(
             x, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
@@ -304,22 +304,24 @@ def cross_entropy_share(
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
         if tiles is not None:
-            short = options is None and plan.inner == 1 and not untamed
+            # Of LANES rows: how often loops go round is known where they are compiled.
+            whole = plan.inner == 1 and last - first == LANES
+            short = options is None and whole and not untamed
             if target is not None:
-                kept, n, ahead = tile[STEP:], last - first, plan.group * plan.num_classes
+                kept, ahead = tile[STEP:], plan.group * plan.num_classes
                 if short:
                     read_targets(
-                        r, target, weight, sample_weight, first, n, plan.num_classes, ignore_index,
-                        None, largest_weight,
+                        r, target, weight, sample_weight, first, LANES, plan.num_classes,
+                        ignore_index, None, largest_weight,
                     )  # fmt: skip
                     untamed = exp_rows_from_target(
-                        x, r, kept, first, n, plan, buffer, ahead, None, scale
+                        x, r, kept, first, LANES, plan, buffer, ahead, None, scale
                     )
                 if short and not untamed:
-                    plain_step(r, n, scale, kept)
-                    partial[unit] = deliver_losses(r, n, losses, first, kept)
+                    plain_step(r, LANES, scale, kept)
+                    partial[unit] = deliver_losses(r, LANES, losses, first, kept)
                     if out.size:
-                        write_plain_rows(out, r, kept, other, first, n, plan)
+                        write_plain_rows(out, r, kept, other, first, LANES, plan)
                     continue
         load_unit(
             x, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
