@@ -47,9 +47,12 @@ ALONE = {
         "hopeless_of", "is_hopeless", "are_hopeless", "untamed_of", "take_maxima",
         "exp_tile_untamed", "take_units",
     },
-    "Cython spreads the factors of sixteen short rows by permutes, Numba goes row by row": {
-        "scale_sixteen", "begin_rows", "owners_of",
+    "Cython keeps whose each number of sixteen short rows is, Numba computes it": {
+        "begin_rows", "owners_of",
     },
+    "Numba must ask whether the processor has the permutes": {"can_permute"},
+    "Cython begins scratch with a cache line where it takes it": {"from_line"},
+    "targets of all rows at once, where Cython goes row by row": {"places_of", "put_left_out"},
     "short rows are a layout in Cython, and a way to take a tile in Numba": {
         "is_short", "short_unit", "exp_rows_of_softmax", "divide_rows", "write_plain_rows",
     },

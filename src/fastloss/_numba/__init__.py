@@ -14,11 +14,11 @@ is added up in blocks, one after the other, whoever took them.
 Exponentials are kept relative to a power of two, which costs and rounds nothing, and high enough
 that what will be a subnormal result is still a normal number: the final product rounds it, once.
 Most rows need no maximum for that: the power is the same for all, and exponentials can be taken in
-one run of many rows, wherever each ends; short rows are then no tile, if all of a unit are such.  A
-row that is not so tame has a power near its maximum.  Which of the two it is the row decides by
-itself, by its own scores and weight (in_common_units: what would overflow is cut off, and shows in
-the sum), so that its bits do not depend on what is around it; where smoothing or soft targets ask
-how far all scores are from the maximum, rows have their own.
+one run of many rows, wherever each ends; short rows are then no tile, if a unit has all its rows
+and all are such.  A row that is not so tame has a power near its maximum.  Which of the two it is
+the row decides by itself, by its own scores and weight (in_common_units: what would overflow is cut
+off, and shows in the sum), so that its bits do not depend on what is around it; where smoothing or
+soft targets ask how far all scores are from the maximum, rows have their own.
 
 The sum leaves one class out (the target, or the maximum), which is what makes small losses exact.
 Where the power is common, others are related to the target itself: a loss is log1p(others / e_y).
