@@ -99,7 +99,8 @@ def test_a_complaint_about_what_is_wrong(monkeypatch):
     [
         ("_l2_penalty", lambda *_: 0.0, "for loss"),
         ("_add_penalty", lambda *_: None, "for linear_weight"),
-        ("_clear", lambda *_: None, "for linear_weight"),
+        ("_clear", lambda *_: None, "for inputs"),
+        ("_add_to_layer", lambda *_: None, "for linear_weight"),
         ("_kept", lambda *_: None, "returned nan"),
         ("_add_to_inputs", lambda *_: None, "for inputs"),
     ],
@@ -116,6 +117,7 @@ def test_a_complaint_about_the_linear_head(name, broken, report, monkeypatch):
     call = hostile.Call(function, arguments, frozenset(), [], [], False)
     assert hostile_linear.complaint(call, "cython") is None
     arguments["out"].linear_weight.fill(7)
+    arguments["out"].inputs.fill(7)
     monkeypatch.setattr(linear, name, broken)
     assert report in hostile_linear.complaint(call, "cython")
 
