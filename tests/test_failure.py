@@ -241,7 +241,7 @@ def test_an_edit_in_another_file(twice, tmp_path):
     assert twice() == "6 1.0 2"
 
 
-@pytest.mark.parametrize(("suffix", "kept"), [("nbi", 0), ("nbi", 0.5), ("nbc", 0.5)])
+@pytest.mark.parametrize(("suffix", "kept"), [("nbi", 0), ("nbc", 0.5)])
 def test_a_truncated_cache(twice, tmp_path, suffix, kept):
     """It is compiled anew, and mended."""
     twice()

@@ -50,8 +50,10 @@ def test_a_forked_child_works(backend):
     assert agrees()
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    ("method", "layer"),
+    [("fork", "omp"), ("fork", "workqueue"), ("spawn", "workqueue"), ("forkserver", "omp")],
+)
 def test_multiprocessing(python, method, layer):
     """After both backends have used two threads here, on either threading layer of Numba."""
     code = f"from support import calls; print(calls.children_agree({method!r}))"

@@ -205,12 +205,12 @@ def test_chunks_change_no_bit_of_a_loss(dtype, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 2100, 2000), (7, 1, 5_000_000), (4099, 1001, 65)], ids=str)
-def test_equal_rows_have_equal_losses(shape, dtype, backend):
+def test_equal_rows_have_equal_losses(shape, dtype):
     """The last block, too, which may have a row where others have two: a vector, for BLAS."""
     problem = Problem(shape, dtype, ("none",))
     problem.inputs[...] = problem.inputs[0]
     problem.target[...] = 0
-    assert len(set(problem.loss(backend=backend))) == 1
+    assert len(set(problem.loss())) == 1  # on any backend, for the products are the same
 
 
 @pytest.mark.parametrize("options", [(), ("ignore_index",), ("probabilities",)], ids="+".join)
