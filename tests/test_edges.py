@@ -238,10 +238,10 @@ OF_NO_ACCOUNT = {
 }
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("further", [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-3}], ids=str)
 @pytest.mark.parametrize("shape", [(90, 3), (9, 400), (2, 3, 45), (2, 400, 5)], ids=str)
 @pytest.mark.parametrize("name", OF_NO_ACCOUNT)
-def test_rows_of_no_account_among_others(name, shape, smoothing, backend):
+def test_rows_of_no_account_among_others(name, shape, further, backend):
     """The gradient of such a row is +0, and never -0, whatever the row and its targets hold."""
     function, by = OF_NO_ACCOUNT[name]
     rng = np.random.default_rng(0)
@@ -253,7 +253,7 @@ def test_rows_of_no_account_among_others(name, shape, smoothing, backend):
     by_row[unlike] = rng.choice([NAN, INF, -INF, -HUGE], by_row[unlike].shape)
     options = {"axis": 1, "backend": backend, "weight": rng.random(shape[1]) + 0.5}
     if function is fl.cross_entropy_with_grad:
-        options["label_smoothing"] = smoothing
+        options |= further
     target = rng.integers(0, shape[1], rows)
     if by == "target":
         target[dead] = -100

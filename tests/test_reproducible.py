@@ -4,6 +4,8 @@ Not on threads, the batch, its position there, the alignment, strides or `out`: 
 the table is tried on the backend of the fixture, which is each instruction set in turn.
 """
 
+import math
+
 import numpy as np
 import pytest
 from support.cases import CASES, FLOATS, HALVES, SOME_LAYOUTS, Layout
@@ -86,8 +88,10 @@ def test_beside_rows_of_any_kind(num_classes, dtype, backend):
 @pytest.mark.parametrize("dtype", [*FLOATS, HALVES[0]], ids=str)
 def test_long_rows_on_any_number_of_threads(dtype, backend):
     """Threads share a row, or take one each: tame, too high to be, with NaN and with +inf."""
-    if backend == "numba" and dtype != FLOATS[0]:
+    if backend == "numba" and dtype == HALVES[0]:
         pytest.skip("every type is seconds of compilation")
+    few = backend == "numba" and dtype == FLOATS[1]
+    results = gradients_for_long if few else results_for_long
     num_classes = 70001
     scores = 3 * np.random.default_rng(0).standard_normal((4, num_classes))
     scores[0, ::3] = -np.inf
@@ -97,10 +101,61 @@ def test_long_rows_on_any_number_of_threads(dtype, backend):
     scores, target = scores.astype(dtype), np.array([0, 40000, 5000, num_classes - 1])
     for part in [slice(0, 4), *(slice(i, i + 1) for i in range(4))]:
         first, *others = (
-            bits(results_for_long(scores[part], target[part], backend=backend, num_threads=n))
+            bits(results(scores[part], target[part], backend=backend, num_threads=n))
             for n in THREADS
         )
         assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_shared_rows_to_their_last_blocks(dtype, backend):
+    """There are targets and maxima in both ends, and a row of NaN that counts for nothing."""
+    if backend == "numba" and dtype != FLOATS[0]:
+        pytest.skip("every type is seconds of compilation")
+    rng = np.random.default_rng(1)
+    scores = rng.standard_normal((4, 33000))
+    scores[0, -1] = 9
+    scores[2, 7::500] = np.nan
+    scores[3] += 400 if dtype.itemsize == 8 else 44
+    scores[3, [5, -2]] = scores[3].max() + 30
+    scores, target = scores.astype(dtype), np.array([32999, 19997, 3, 32998])
+    soft = rng.random(scores.shape).astype(dtype) / 20000
+    weights = {"sample_weight": [1.5, 0.5, 0, 3], "weight": 1 + np.arange(scores.shape[1]) % 7 / 10}
+    log_probs = np.nan_to_num(scores) / 8
+    log_probs[:2] -= 9
+    log_probs[1, -3] = 2
+
+    def results(n):
+        how = {"backend": backend, "num_threads": n}
+        plain = {"ignore_index": 3, "weight": weights["weight"], **how}
+        losses, grad = fl.cross_entropy_with_grad(scores, target, reduction="none", **plain)
+        total = fl.cross_entropy(scores, target, reduction="sum", **plain)
+        assert total == pytest.approx(math.fsum(losses.tolist()), rel=1e-14, abs=0)
+        assert not grad[2].any()
+        return [
+            losses,
+            grad,
+            fl.softmax(scores, **how),
+            fl.log_softmax_backward(soft, log_probs, **how),
+            *fl.cross_entropy_with_grad(
+                scores, target, reduction="none", z_loss=1e-3, **weights, **how
+            ),
+            *(
+                result
+                for y in (target, soft)
+                for result in fl.cross_entropy_with_grad(
+                    scores, y, reduction="none", label_smoothing=0.1, **weights, **how
+                )
+            ),
+        ]
+
+    assert bits(results(8)) == bits(results(1))
+
+
+def gradients_for_long(scores, target, **how):
+    """Of what is compiled for other tests, too. Sums of float64 show their order."""
+    _, grad = fl.cross_entropy_with_grad(scores, target, reduction="none", **how)
+    return [np.where(np.isnan(grad), np.nan, grad)]
 
 
 def results_for_long(scores, target, **how):
@@ -108,20 +163,24 @@ def results_for_long(scores, target, **how):
     soft, out = scores == np.nanmax(scores, axis=1, keepdims=True), scores.copy()
     smooth = {"label_smoothing": 0.1, "weight": np.arange(scores.shape[1]) % 7}
     upstream, log_probs = np.sin(np.nan_to_num(scores)), -np.abs(scores)
+    positive = np.minimum(scores, 50)
+    mirrored = scores.shape[1] - 1 - target  # targets in a last block, and in a first
     huge = upstream * np.finfo(scores.dtype).max
     results = [
         fl.softmax(out, out=out, **how),
         fl.log_softmax(scores, **how),
         fl.logsumexp(scores, **how),
         fl.cross_entropy(scores, target, reduction="none", **how),
-        *fl.cross_entropy_with_grad(scores, target, reduction="none", z_loss=1e-3, **how),
+        *fl.cross_entropy_with_grad(scores, target, reduction="sum", z_loss=1e-3, **how),
         *fl.cross_entropy_with_grad(scores, target, reduction="none", **smooth, **how),
         *fl.cross_entropy_with_grad(scores, soft.astype(scores.dtype), reduction="none", **how),
-        *fl.cross_entropy_with_grad(scores, target, ignore_index=40000, out=scores.copy(), **how),
+        *fl.cross_entropy_with_grad(
+            scores, mirrored, ignore_index=scores.shape[1] - 1 - 40000, out=scores.copy(), **how
+        ),
     ]
     for gradient in (upstream, huge):
         results += [fl.softmax_backward(gradient, np.exp(log_probs), **how)]
-        results += [fl.log_softmax_backward(gradient, log_probs, **how)]
+        results += [fl.log_softmax_backward(gradient, positive, **how)]
     return [np.where(np.isnan(a), np.nan, a) for a in results]
 
 

@@ -63,7 +63,7 @@ def first_write(address, write):
     return instruction
 
 
-def writes_past_the_caches(case, layout, dtype, backend, *, in_place=False):
+def writes_past_the_caches(case, layout, dtype, backend, *, in_place=False, num_threads=1):
     """Whether the middle of a result is written so."""
     shape = (layout.n, layout.num_classes)
     rows = layout.arrange(np.zeros(shape, dtype))
@@ -75,26 +75,35 @@ def writes_past_the_caches(case, layout, dtype, backend, *, in_place=False):
     instruction = first_write(
         middle,
         lambda: case.pass_on(
-            layout, arrays[: len(case.inputs)], out=out, backend=backend, num_threads=1
+            layout, arrays[: len(case.inputs)], out=out, backend=backend, num_threads=num_threads
         ),
     )
     return PAST_THE_CACHES.match(instruction) is not None
 
 
-LAYOUTS = [Layout(*shape) for shape in [(1 << 17, 32), (4096, 1024), (1, 32, 1 << 17)]]
+LAYOUTS = [
+    Layout(*shape) for shape in [(1 << 17, 32), (4096, 1024), (1, 32, 1 << 17), (1, 1024, 4096)]
+]
+KINDS = ["in tiles", "in rows", "along an inner axis", "in columns"]
 NAMES = [
     "softmax", "log_softmax", "softmax_backward", "log_softmax_backward", "cross_entropy grad",
     "cross_entropy soft grad",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["in tiles", "in rows", "along an inner axis"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=KINDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_large_results_are_written_past_the_caches(name, layout, backend):
     assert writes_past_the_caches(by_name[name], layout, np.float32, backend)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["in tiles", "in rows", "along an inner axis"])
+def test_so_are_rows_that_threads_share(backend):
+    """A page is what one of them writes."""
+    layout = Layout(1, 1 << 22)
+    assert writes_past_the_caches(by_name["softmax"], layout, np.float32, backend, num_threads=2)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, Layout(4, 1 << 20)], ids=[*KINDS, "in long rows"])
 def test_others_are_not(layout, backend):
     """What is in the caches already, or soon wanted from there; and half of the bytes are few."""
     case = by_name["softmax"]
