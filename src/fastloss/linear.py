@@ -138,9 +138,9 @@ def linear_cross_entropy(
     Scores are rounded to the dtype of `inputs`, and so is the loss of each row.  Extra memory is
     about 36 MiB for each thread, whatever N, or a chunk of scores where that is larger, and up to
     three times as much where there are more features than classes.  Copies are made of a
-    `linear_weight` where there is a bias and far more rows than features, where `inputs` are sparse
-    or where it is contiguous in neither order, of `inputs` whose leading axes do not merge into
-    one, and of probabilities in another dtype.
+    `linear_weight` where there is a bias, more classes than features and far more rows, where
+    `inputs` are sparse or where it is contiguous in neither order, of `inputs` whose leading axes
+    do not merge into one, and of probabilities in another dtype.
 
     The method is that of [1]_.
 
