@@ -52,8 +52,18 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     """What a run of everything compiles is compiled first, on all processors."""
-    on_numba = sum("[numba" in item.nodeid for item in session.items)
-    if on_numba > 5000 and not session.config.option.collectonly:
+    worker = hasattr(session.config, "workerinput")  # of pytest-xdist, that waits to be given tests
+    if not worker and not session.config.option.collectonly:
+        _compile_for([item.nodeid for item in session.items])
+
+
+def pytest_xdist_node_collection_finished(ids):
+    """The same, by the process that gives the tests to the workers, when the first has them all."""
+    _compile_for(ids)
+
+
+def _compile_for(ids):
+    if sum("[numba" in name for name in ids) > 5000:
         compiled.compile_all()
 
 

@@ -1,5 +1,6 @@
 """Numba's kernels, compiled by all processors: by one that takes a quarter of the tests' time."""
 
+import functools
 import itertools
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -18,6 +19,7 @@ _KINDS = [
 ]
 
 
+@functools.cache
 def compile_all():
     """In every way that cases call them: into Numba's cache, where tests and children find them."""
     functions = {case.function.__name__.removesuffix("_with_grad") for case in cases.CASES}
