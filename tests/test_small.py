@@ -76,11 +76,12 @@ def draw(rnd):
             beside[:] = y.reshape(-1).view(np.uint8)
             y = beside.view(y.dtype).reshape(y.shape)
         arguments["target"] = pick(same, *VIEWS)(y)
-        arguments["reduction"] = pick("mean", "sum", "none", "mea", np.str_("mean"), None)
+        usual = rnd.choice(["mean", "sum"])
+        arguments["reduction"] = pick(usual, "none", "mea", np.str_("mean"), None)
         options = {
             "weight": (np.ones(shape[-1]), [np.nan] * shape[-1]),
             "sample_weight": (np.ones(shape[:-1]), 1.0),
-            "normalizer": (2.0, 0.0),
+            "normalizer": (2.0, 0.0, 2, np.inf, np.nan, 1e-310, np.float32(3)),
             "ignore_index": (-1, 1, -100.0, np.int64(-100), 1 << 70),
             **{option: (value, 0, -0.0, "0", 7.0) for option, value in operation.options.items()},
         }
@@ -153,7 +154,9 @@ def test_the_common_call_is_a_small_one(backend, answered, dtype, index):
         getattr(fl, name)(*arguments, backend=backend)
     fl.softmax(x, 1, out=x, num_threads=2, backend=backend)
     fl.cross_entropy_with_grad(x, y, out=x, num_threads=2, backend=backend)
-    assert answered == [True] * (len(FUNCTIONS) + 2)
+    fl.cross_entropy(x, y, reduction="sum", backend=backend)
+    fl.cross_entropy(x, y, normalizer=64.0, backend=backend)
+    assert answered == [True] * (len(FUNCTIONS) + 4)
 
 
 @pytest.mark.parametrize("function", [fl.softmax, fl.cross_entropy])

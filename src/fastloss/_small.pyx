@@ -3,13 +3,14 @@
 
 Where arrays are a few kilobytes a kernel takes less time than Python's checks of its arguments.
 What is common is quickly told: plain arrays of float32 or float64 in C order, classes along the
-last axis, no options, one thread.  Such a call is answered here.  Of any other, and of one with
+last axis, no options but a divisor, one thread.  Such a call is answered here.  Of any other, and of one with
 something wrong in it, the answer is None: `functional` then goes the general way, which knows all
 the rules and all the errors.  This file has no rules of its own, and tests/test_small.py holds both
 ways to the same results.
 """
 
 cimport numpy as cnp
+from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, int64_t
 
 from fastloss._backend import resolve
@@ -48,9 +49,9 @@ def loss(
 ):
     """What `functional._loss` answers to a small call; else None."""
     cdef cnp.ndarray x, grad = None
-    cdef double total_weight
+    cdef double total_weight, divisor
     if not (
-        weight is None and sample_weight is None and normalizer is None and is_mean(reduction)
+        weight is None and sample_weight is None and is_reduced(reduction, normalizer)
         and are_defaults(options) and is_small(scores, axis, num_threads)
         and is_target(target, scores) and may_write(out, scores, (<cnp.ndarray>scores).ndim)
         and (out is None or are_apart(out, target))
@@ -62,12 +63,16 @@ def loss(
     if total_weight <= 0.0:
         return None
     labels = new_tuple(Labels, (entries_of(target), None, None))
+    if normalizer is not None:
+        divisor = normalizer
+    else:
+        divisor = total_weight if reduction == "mean" else 1.0
     if with_grad:
         grad = empty(scores, scores.ndim) if out is None else out
     total = getattr(kernels, name)(
-        x, labels, no_options, 1.0 / total_weight, None, None if grad is None else rows_of(grad), 1
+        x, labels, no_options, 1.0 / divisor, None, None if grad is None else rows_of(grad), 1
     )
-    return total / total_weight, grad
+    return total / divisor, grad
 
 
 cdef bint is_small(array, axis, num_threads):
@@ -152,8 +157,16 @@ cdef bint are_apart(cnp.ndarray a, cnp.ndarray b):
     )
 
 
-cdef bint is_mean(reduction):
-    return type(reduction) is str and <str>reduction == "mean"
+cdef bint is_reduced(reduction, normalizer):
+    """Whether it is to a sum, or to a mean with a divisor of its own or a right one."""
+    if type(reduction) is not str:
+        return False
+    if normalizer is None:
+        return <str>reduction == "mean" or <str>reduction == "sum"
+    return (
+        <str>reduction == "mean" and type(normalizer) is float
+        and 0.0 < <double>normalizer < INFINITY
+    )
 
 
 cdef bint are_defaults(dict options):
