@@ -94,15 +94,20 @@ def test_a_complaint_about_what_is_wrong(monkeypatch):
     assert "accepted a wrong axis" in complaint(lambda logits, axis: softmax(logits), wrong)
 
 
+def all_but_inputs(crew, total, a, b, key, *others, add_product=linear.Crew.add_product):
+    if key[0] != "inputs":
+        add_product(crew, total, a, b, key, *others)
+
+
 @pytest.mark.parametrize(
     ("name", "broken", "report"),
     [
         ("_l2_penalty", lambda *_: 0.0, "for loss"),
         ("_add_penalty", lambda *_: None, "for linear_weight"),
         ("_clear", lambda *_: None, "for inputs"),
-        ("_add_to_layer", lambda *_: None, "for linear_weight"),
+        ("_add_gradients", lambda *_: None, "for linear_weight"),
         ("_kept", lambda *_: None, "returned nan"),
-        ("_add_to_inputs", lambda *_: None, "for inputs"),
+        ("Crew.add_product", all_but_inputs, "for inputs"),
     ],
 )
 def test_a_complaint_about_the_linear_head(name, broken, report, monkeypatch):
@@ -118,7 +123,7 @@ def test_a_complaint_about_the_linear_head(name, broken, report, monkeypatch):
     assert hostile_linear.complaint(call, "cython") is None
     arguments["out"].linear_weight.fill(7)
     arguments["out"].inputs.fill(7)
-    monkeypatch.setattr(linear, name, broken)
+    monkeypatch.setattr(f"fastloss.linear.{name}", broken)
     assert report in hostile_linear.complaint(call, "cython")
 
 

@@ -38,6 +38,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(linear, "_BLOCK_BYTES", 1 << 10)
     monkeypatch.setattr(linear, "_LEAST_ROWS", 8)
     monkeypatch.setattr(linear, "_PRODUCT_ELEMENTS", 100)
+    monkeypatch.setattr(linear, "_KERNEL_ELEMENTS", 100)
 
 
 class Problem:
@@ -337,20 +338,20 @@ def test_frozen_weights_cost_no_product(backend):
     call = functools.partial(
         problem.loss_and_gradients, inputs_grad=True, num_threads=1, backend=backend
     )
-    part = 4 * (linear._PRODUCT_ELEMENTS // 20_000 * 20_000)  # whole classes
+    part = 4 * 25 * 20_000  # one of eight
     (_, gradients), peak = traced_peak(call)
-    assert peak > gradients.linear_weight.nbytes + gradients.inputs.nbytes + part
+    assert peak > gradients.linear_weight.nbytes + gradients.inputs.nbytes
     (_, gradients), peak = traced_peak(functools.partial(call, linear_weight_grad=False))
-    assert gradients.inputs.nbytes < peak < gradients.inputs.nbytes + part
+    assert gradients.inputs.nbytes < peak < gradients.inputs.nbytes + 2 * part
 
 
 def test_no_gradient_at_all(monkeypatch):
     """The loss alone, then: kernels are not asked for a gradient of the scores."""
     right, asked = linear._score, []
 
-    def score(plan, rows, scores, losses, with_grad):
+    def score(plan, rows, scores, losses, with_grad, crew):
         asked.append(with_grad)
-        right(plan, rows, scores, losses, with_grad)
+        right(plan, rows, scores, losses, with_grad, crew)
 
     monkeypatch.setattr(linear, "_score", score)
     problem = Problem((64, 5, 3), np.float32, ("l2",))
@@ -806,8 +807,10 @@ def test_from_several_python_threads_at_once(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_bit(dtype, small_chunks, backend):
-    problem = Problem((300, 37, 11), dtype, ("linear_bias", "sample_weight"))
+@pytest.mark.parametrize("shape", [(300, 37, 11), (5, 700, 20)], ids=str)
+def test_threads_change_no_bit(shape, dtype, small_chunks, backend):
+    """Of many chunks, and of one whose classes are shared out."""
+    problem = Problem(shape, dtype, ("linear_bias", "sample_weight"))
     results = [
         problem.loss_and_gradients(inputs_grad=True, backend=backend, num_threads=threads)
         for threads in (1, 2, 3, 50)
@@ -820,22 +823,56 @@ def test_threads_change_no_bit(dtype, small_chunks, backend):
             np.testing.assert_array_equal(result, right)
 
 
-def test_no_more_threads_than_chunks(small_chunks, monkeypatch):
-    threads = set()
+@pytest.fixture
+def threads_in_kernels(monkeypatch):
+    """Those that call the kernel, each of which waits until so many others have."""
+    seen = types.SimpleNamespace(threads=set(), everybody=None)
 
-    def kernel(*arguments):
-        if threading.get_ident() not in threads:
-            threads.add(threading.get_ident())
-            everybody.wait()
+    def kernel(scores, *arguments):
+        if threading.get_ident() not in seen.threads:
+            seen.threads.add(threading.get_ident())
+            seen.everybody.wait()
         return 0.0
 
     monkeypatch.setattr(_reference, "cross_entropy", kernel)
-    problem = Problem((16, 37, 11), np.float32)
-    for asked, used in [(1, 1), (2, 2), (9, 4)]:
-        threads.clear()
-        everybody = threading.Barrier(used, timeout=60)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("shape", "most"),
+    [((16, 37, 11), 6), ((3, 1000, 11), 3), ((40, 3, 2), 1)],
+    ids=["two chunks, three parts of each", "three rows", "one chunk, one part"],
+)
+def test_as_many_threads_as_there_is_to_do(shape, most, small_chunks, threads_in_kernels):
+    """Whoever has no chunk of its own helps with the rows of another's."""
+    problem = Problem(shape, np.float32)
+    for asked in (1, 2, most, 20):
+        used = min(asked, most)
+        threads_in_kernels.threads.clear()
+        threads_in_kernels.everybody = threading.Barrier(used, timeout=60)
         problem.loss(backend="numpy", num_threads=asked)
-        assert len(threads) == used
+        assert len(threads_in_kernels.threads) == used
+
+
+@pytest.mark.parametrize(("threads", "owners"), [(1, 1), (2, 1), (3, 2), (7, 5)])
+def test_scores_have_so_much_room(threads, owners, small_chunks, monkeypatch, backend):
+    """There is more for more threads; those beyond it have none of their own, and help."""
+    monkeypatch.setattr(linear, "_MOST_BYTES", 1 << 13)
+    monkeypatch.setattr(linear, "_THREAD_BYTES", 1 << 12)
+    problem = Problem((64, 700, 20), np.float32)  # chunks of two rows, 5600 bytes
+    right, seen = linear._score, []
+
+    def score(*arguments):
+        time.sleep(0.002)  # for others to begin a chunk, too
+        seen.append((threading.get_ident(), arguments[2].nbytes))
+        right(*arguments)
+
+    loss = problem.loss(backend=backend, num_threads=1)
+    monkeypatch.setattr(linear, "_score", score)
+    assert problem.loss(backend=backend, num_threads=threads) == loss
+    ids, sizes = zip(*seen, strict=True)
+    assert set(sizes) == {5600}
+    assert len(set(ids)) == owners
 
 
 def watch_chunks(monkeypatch, at_the_fifth):

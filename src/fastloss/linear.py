@@ -14,11 +14,8 @@ exist.  Three things are less plain than that:
   *block*; a chunk is a whole number of blocks.
 """
 
-import _thread
-import contextlib
+import functools
 import math
-import queue
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,13 +24,18 @@ from numpy.typing import ArrayLike
 
 from fastloss import _arguments, _backend, _blas, _threads
 from fastloss._contract import Labels, Loss, Options
+from fastloss._crew import Crew, on_threads
 
 _BLOCK_BYTES = 4 << 20  # of scores: what caches hold,
 _BLOCK_PRODUCTS = 1 << 23  # of numbers: what is worth a thread,
 _LEAST_ROWS = 1024  # but no fewer rows, with which products are slow,
-_LEAST_BLOCKS = 4  # unless there would be too few blocks to share out
-_MOST_BYTES = 32 << 20  # or they would take more than this
-_PRODUCT_ELEMENTS = 1 << 20  # of a gradient of W, to be added while they are in cache
+_LEAST_BLOCKS = 4  # unless there would be too little to share out
+_THREAD_BYTES = 32 << 20  # or they would take more than this for each thread;
+_MOST_BYTES = 64 << 20  # but where that is few rows two threads share as many,
+_WORTH_ROWS = 512  # for each block reads all of W, and adds to its gradient
+_PRODUCT_ELEMENTS = 1 << 20  # of W in a product, which adds to its gradient while that is in cache
+_SCORE_PARTS = 8  # into which scores are shared out: each reads all inputs
+_KERNEL_ELEMENTS = 1 << 20  # of scores in one call of a kernel
 _COPY_COST = 8  # of a weight, in passes over a score
 
 
@@ -306,7 +308,15 @@ class _Plan(NamedTuple):
     num_rows: int  # how many these are
     block: int  # rows of a product
     chunk: int  # rows of a chunk, a multiple of block
+    parts: list[slice]  # of the classes, which go into gradients one by one
+    wide_parts: list[slice]  # whose scores are one product
     threads: int
+
+    @property
+    def owners(self) -> int:
+        """How many threads have scores of their own."""
+        chunk_bytes = self.chunk * len(self.layer.weight) * self.layer.weight.itemsize
+        return max(min(self.threads, self.threads * _THREAD_BYTES // chunk_bytes), 1)
 
     @property
     def scale(self) -> float:
@@ -350,10 +360,13 @@ def _plan(
     else:
         kept = np.empty(0, np.intp)  # no row counts, not even one that holds a NaN
     count = len(labels.target) if kept is None else len(kept)
-    block, chunk = _sizes(count, layer, asked)
+    num_classes, num_features = layer.weight.shape
+    parts = list(_parts(num_classes, num_features))
+    wide_parts = list(_parts(num_classes, num_features, _SCORE_PARTS)) if parts[1:] else parts
+    block, chunk = _sizes(count, layer, len(parts), asked)
     return _Plan(
         layer, kernels.cross_entropy, labels, options, penalty, reduction, divisor, kept, count,
-        block, chunk, min(threads, -(-count // chunk)),
+        block, chunk, parts, wide_parts, min(threads, -(-count // chunk) * len(parts)),
     )  # fmt: skip
 
 
@@ -377,18 +390,20 @@ def _kept(labels: Labels, options: Options, total_weight: float) -> np.ndarray |
     return None if counts.all() else np.flatnonzero(counts)
 
 
-def _sizes(count: int, layer: _arguments.Linear, asked: int | None) -> tuple[int, int]:
+def _sizes(count: int, layer: _arguments.Linear, parts: int, asked: int | None) -> tuple[int, int]:
     """The rows of a block and of a chunk."""
     num_classes, num_features = layer.weight.shape
     itemsize = layer.weight.itemsize
-    largest = max(_MOST_BYTES // (max(num_classes, num_features) * itemsize), 1)
+    row_bytes = max(num_classes, num_features) * itemsize
+    largest = min(max(_THREAD_BYTES // row_bytes, _WORTH_ROWS), _MOST_BYTES // row_bytes)
     most = _BLOCK_BYTES // (num_classes * itemsize)
     if layer.sparse:
         # Each chunk makes a dense gradient, which takes as long as so many rows.
-        most = min(max(most, num_features // 4), _MOST_BYTES // (num_classes * itemsize))
+        most = min(max(most, num_features // 4), _THREAD_BYTES // (num_classes * itemsize))
     else:
         most = min(most, _BLOCK_PRODUCTS // (num_classes * max(num_features, 1)))
-    most = max(most, min(_LEAST_ROWS, -(-count // _LEAST_BLOCKS), largest), 1)
+    least_blocks = -(-_LEAST_BLOCKS // parts)
+    most = max(most, min(_LEAST_ROWS, -(-count // least_blocks), largest), 1)
     blocks = max(-(-count // most), 1)
     if blocks > 1:
         blocks += blocks % 2  # for two threads to have as many
@@ -400,22 +415,22 @@ def _run(plan: _Plan, gradients: LinearGradients, accumulate: bool = False) -> f
     """The loss, and its gradients into where they go."""
     with_grad = any(array is not None for array in gradients)
     losses = np.empty((plan.num_rows, 1), plan.layer.weight.dtype)
-    turns = _Turns(plan.num_rows, plan.chunk, accumulate)
+    crew = Crew(plan.num_rows, plan.chunk, plan.owners, plan.threads <= 1)
     chunks = _sparse_chunks(plan) if plan.layer.sparse else _dense_chunks(plan)
     if not accumulate:
         _clear(plan, gradients)
 
     def work() -> None:
         with np.errstate(all="ignore"):
-            for rows, x, scores in chunks(turns):
-                _score(plan, rows, scores, losses, with_grad)
-                if gradients.inputs is not None:
-                    _add_to_inputs(plan, gradients.inputs, rows, scores, accumulate)
-                _add_to_layer(gradients, scores, x, turns, rows)
+            for rows, x, scores in chunks(crew):
+                _score(plan, rows, scores, losses, with_grad, crew)
+                if with_grad:
+                    _add_gradients(plan, gradients, rows, x, scores, crew, accumulate)
+            crew.help()
 
     try:
         _blas.one_thread.hold()
-        _on_threads(plan.threads, work, turns)
+        on_threads(plan.threads, work, crew)
     finally:
         _blas.one_thread.release()
     with np.errstate(all="ignore"):
@@ -427,101 +442,7 @@ def _run(plan: _Plan, gradients: LinearGradients, accumulate: bool = False) -> f
 _Chunk = tuple[slice, Any, np.ndarray]  # rows, inputs, scores
 
 
-class _Turns:
-    """Hands out the chunks, and lets what they add to a sum be added in their order.
-
-    So sums have the same bits on any number of threads.
-    """
-
-    def __init__(self, num_rows: int, chunk: int, accumulate: bool) -> None:
-        self._chunks = (
-            slice(start, min(start + chunk, num_rows)) for start in range(0, num_rows, chunk)
-        )
-        self._accumulate = accumulate
-        self._next: dict[int, int] = {}  # by part of the sum: the row that the next chunk starts at
-        self._changed = threading.Condition()
-        self._stopped = False
-
-    def __iter__(self) -> Iterator[slice]:
-        return self
-
-    def __next__(self) -> slice:
-        with self._changed:
-            if self._stopped:
-                raise StopIteration
-            return next(self._chunks)
-
-    def add(self, total: np.ndarray, share: np.ndarray, part: int, rows: slice) -> None:
-        """Add to a part of a sum, when the chunks before these rows have added their share.
-
-        The first chunk writes over what was there, unless that counts, too.
-        """
-        changed = self._changed
-        with changed:
-            changed.wait_for(lambda: self._stopped or self._next.get(part, 0) == rows.start)
-        if rows.start or self._accumulate:
-            total += share
-        else:
-            total[...] = share
-        with changed:
-            self._next[part] = rows.stop
-            changed.notify_all()
-
-    def stop(self) -> None:
-        """Hand out no more."""
-        self._stopped = True
-
-    def give_up(self) -> None:
-        """And let nobody wait for the chunk of this thread, which will not be done."""
-        self.stop()
-        with self._changed:
-            self._changed.notify_all()
-
-
-def _on_threads(threads: int, work: Callable[[], None], turns: _Turns) -> None:
-    """Let so many threads take chunks.
-
-    This one, which Ctrl-C may interrupt anywhere, has no lock then that they wait for.  The pools
-    of the standard library have such locks, and do not survive a fork.
-    """
-    if threads == 1:
-        return work()
-    started, finished = 0, []
-    news: queue.SimpleQueue[None] = queue.SimpleQueue()
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-            turns.give_up()
-        finally:
-            finished.append(True)
-            news.put(None)
-
-    def wait() -> None:
-        while len(finished) < started:
-            news.get()
-
-    try:
-        with contextlib.suppress(RuntimeError, MemoryError):  # no thread to be had: fewer do it
-            while started < threads:
-                _thread.start_new_thread(run, ())
-                started += 1
-        if not started:
-            work()
-        wait()
-    except BaseException:
-        turns.stop()
-        wait()
-        raise
-    if errors:
-        raise errors[0]
-    return None
-
-
-def _dense_chunks(plan: _Plan) -> Callable[[_Turns], Iterator[_Chunk]]:
+def _dense_chunks(plan: _Plan) -> Callable[[Crew], Iterator[_Chunk]]:
     """What makes the scores of chunk by chunk, each with its rows and inputs."""
     weight, bias, inputs = plan.layer.weight, plan.layer.bias, plan.layer.inputs
     num_classes, num_features = weight.shape
@@ -536,33 +457,38 @@ def _dense_chunks(plan: _Plan) -> Callable[[_Turns], Iterator[_Chunk]]:
         weight, bias, direct = np.hstack([weight, bias[:, None]]), None, False
     padded = plan.num_rows % plan.block > 0
 
-    def chunks(turns: _Turns) -> Iterator[_Chunk]:
-        scores = np.empty((plan.chunk, num_classes), weight.dtype)
-        if padded or not direct:
-            room = np.zeros((plan.chunk, weight.shape[1]), weight.dtype)
-            room[:, num_features:] = 1
-        for rows in turns:
+    def multiply(x: np.ndarray, scores: np.ndarray, classes: slice) -> None:
+        for first in range(0, len(x), plan.block):
+            block = slice(first, first + plan.block)
+            np.matmul(x[block], weight[classes].T, out=scores[block, classes])
+            if bias is not None:
+                scores[block, classes] += bias[classes]
+
+    def chunks(crew: Crew) -> Iterator[_Chunk]:
+        scores = room = None
+        for rows in crew.chunks():
+            if scores is None:  # with rows there is an owner, who needs some
+                scores = np.empty((plan.chunk, num_classes), weight.dtype)
+                if padded or not direct:
+                    room = np.zeros((plan.chunk, weight.shape[1]), weight.dtype)
+                    room[:, num_features:] = 1
             num_rows = rows.stop - rows.start
             x = plan.rows(inputs, rows)
-            if not direct or num_rows % plan.block:
+            if room is not None and (not direct or num_rows % plan.block):
                 room[:num_rows, :num_features] = x
-                x = room
-            for first in range(0, num_rows, plan.block):
-                block = slice(first, first + plan.block)
-                np.matmul(x[block], weight.T, out=scores[block])
-                if bias is not None:
-                    scores[block] += bias
+                x = room[: -(-num_rows // plan.block) * plan.block]
+            crew.share(functools.partial(multiply, x, scores, part) for part in plan.wide_parts)
             yield rows, x[:num_rows, :num_features], scores[:num_rows]
 
     return chunks
 
 
-def _sparse_chunks(plan: _Plan) -> Callable[[_Turns], Iterator[_Chunk]]:
+def _sparse_chunks(plan: _Plan) -> Callable[[Crew], Iterator[_Chunk]]:
     """The same for sparse inputs, a row of whose scores does not depend on others."""
     transposed = np.ascontiguousarray(plan.layer.weight.T)
 
-    def chunks(turns: _Turns) -> Iterator[_Chunk]:
-        for rows in turns:
+    def chunks(crew: Crew) -> Iterator[_Chunk]:
+        for rows in crew.chunks():
             x = plan.rows(plan.layer.inputs, rows)
             scores = x @ transposed
             if plan.layer.bias is not None:
@@ -573,13 +499,21 @@ def _sparse_chunks(plan: _Plan) -> Callable[[_Turns], Iterator[_Chunk]]:
 
 
 def _score(
-    plan: _Plan, rows: slice, scores: np.ndarray, losses: np.ndarray, with_grad: bool
+    plan: _Plan, rows: slice, scores: np.ndarray, losses: np.ndarray, with_grad: bool, crew: Crew
 ) -> None:
     """The losses of scores, and their gradient in the place of these."""
-    x = scores[:, :, None]
     target, weight, s = plan.labels
-    labels = Labels(plan.rows(target, rows), weight, None if s is None else plan.rows(s, rows))
-    plan.kernel(x, labels, plan.options, plan.scale, losses[rows], x if with_grad else None, 1)
+
+    def score(some: slice) -> None:
+        x = scores[some.start - rows.start : some.stop - rows.start, :, None]
+        own = Labels(plan.rows(target, some), weight, None if s is None else plan.rows(s, some))
+        plan.kernel(x, own, plan.options, plan.scale, losses[some], x if with_grad else None, 1)
+
+    step = max(_KERNEL_ELEMENTS // scores.shape[1], 1)
+    crew.share(
+        functools.partial(score, slice(start, min(start + step, rows.stop)))
+        for start in range(rows.start, rows.stop, step)
+    )
 
 
 def _clear(plan: _Plan, gradients: LinearGradients) -> None:
@@ -591,29 +525,39 @@ def _clear(plan: _Plan, gradients: LinearGradients) -> None:
         gradients.inputs.fill(0)
 
 
-def _add_to_layer(
-    gradients: LinearGradients, g: np.ndarray, x: Any, turns: _Turns, rows: slice
+def _add_gradients(
+    plan: _Plan,
+    gradients: LinearGradients,
+    rows: slice,
+    x: Any,
+    g: np.ndarray,
+    crew: Crew,
+    accumulate: bool,
 ) -> None:
-    """The share of a chunk in the gradients of weight and bias, g that of its scores."""
-    total, bias = gradients.linear_weight, gradients.linear_bias
-    if total is not None:
-        for classes in _parts(*total.shape):
-            # Of a part of the classes, which is still in cache when it is added.
-            turns.add(total[classes], g[:, classes].T @ x, classes.start, rows)
-    if bias is not None:
-        turns.add(bias, np.ones(len(g), g.dtype) @ g, -1, rows)
+    """The share of a chunk in the gradients, g that of its scores.
 
+    A part of the classes goes into all of them, so that it is read once.
+    """
+    inputs = gradients.inputs
+    indirect = inputs is not None and (accumulate or plan.kept is not None)
+    if inputs is not None:
+        inputs = np.empty(x.shape, inputs.dtype) if indirect else inputs[rows]
 
-def _add_to_inputs(
-    plan: _Plan, gradient: np.ndarray, rows: slice, g: np.ndarray, accumulate: bool
-) -> None:
-    """The share of a chunk in the gradient of the inputs."""
-    if plan.kept is not None:
-        gradient[plan.kept[rows]] += g @ plan.layer.weight
-    elif accumulate:
-        gradient[rows] += g @ plan.layer.weight
-    else:
-        np.matmul(g, plan.layer.weight, out=gradient[rows])
+    def add(classes: slice) -> None:
+        part = g[:, classes]
+        if gradients.linear_weight is not None:
+            total = gradients.linear_weight[classes]
+            crew.add_product(total, part.T, x, ("weight", classes.start), rows, accumulate)
+        if gradients.linear_bias is not None:
+            total, ones = gradients.linear_bias[classes], np.ones(len(g), g.dtype)
+            crew.add_product(total, ones, part, ("bias", classes.start), rows, accumulate)
+        if inputs is not None:
+            weight = plan.layer.weight[classes]
+            crew.add_product(inputs, part, weight, ("inputs", rows.start), classes, False)
+
+    crew.share(functools.partial(add, part) for part in plan.parts)
+    if indirect:
+        gradients.inputs[rows if plan.kept is None else plan.kept[rows]] += inputs
 
 
 def _add_penalty(total: np.ndarray, linear_weight: np.ndarray, l2: float) -> None:
@@ -622,9 +566,12 @@ def _add_penalty(total: np.ndarray, linear_weight: np.ndarray, l2: float) -> Non
         total[classes] += 2 * l2 * linear_weight[classes].astype(np.float64)
 
 
-def _parts(num_classes: int, num_features: int) -> Iterator[slice]:
-    """Classes by and by, so that a temporary stays small and in cache."""
-    step = max(_PRODUCT_ELEMENTS // max(num_features, 1), 16)
+def _parts(num_classes: int, num_features: int, most: int | None = None) -> Iterator[slice]:
+    """Classes by and by, so that a temporary stays small and in cache; as many for all threads."""
+    count = -(-num_classes * num_features // _PRODUCT_ELEMENTS)
+    if count > 1:
+        count += -count % 8
+    step = max(-(-num_classes // max(min(count, most or count), 1)), 16)
     for first in range(0, num_classes, step):
         yield slice(first, first + step)
 

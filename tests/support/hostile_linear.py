@@ -27,7 +27,7 @@ ARRAYS = ("inputs", "linear_weight", "linear_bias", "target", "weight", "sample_
 OPTIONAL = ("linear_bias", "weight", "sample_weight")
 DTYPES = hostile.FLOATS[:2]
 # Little work is cut up like much: into blocks of few rows, and products of few classes.
-SMALL = {"_BLOCK_BYTES": 1 << 8, "_LEAST_ROWS": 4, "_PRODUCT_ELEMENTS": 50}
+SMALL = {"_BLOCK_BYTES": 1 << 8, "_LEAST_ROWS": 4, "_PRODUCT_ELEMENTS": 50, "_KERNEL_ELEMENTS": 50}
 
 NUMBERS = {name: hostile.NUMBERS[name] for name in hostile.NUMBERS if name != "axis"} | {
     "l2": (
