@@ -21,8 +21,8 @@ class Inputs(NamedTuple):
 
     scores: Tensor  # classes along dimension 1, or 0 where there is no batch
     target: Tensor
-    weight: Tensor | None
-    sample_weight: Tensor | None
+    weight: Tensor | None = None
+    sample_weight: Tensor | None = None
 
     @property
     def dim(self) -> int:
@@ -91,6 +91,8 @@ def maybe_to_array(tensor: Tensor | None) -> np.ndarray | None:
 def to_tensor(array: np.ndarray) -> Tensor:
     """A tensor on the memory of an array: NumPy's costs fewer page faults than PyTorch's own."""
     is_bfloat16 = array.dtype.kind == "V"  # its name takes a microsecond to make up
+    if not is_bfloat16 and array.size:
+        return torch.from_numpy(array)
     bits = torch.from_numpy(array.view(np.int16) if is_bfloat16 else array)
     if not array.size:  # NumPy has strides of its own for it
         bits = bits.new_empty(array.shape)
@@ -115,41 +117,53 @@ def num_threads(elements: int = PARALLEL_ELEMENTS) -> int:
 
 def losses(inputs: Inputs, options: Options) -> Tensor:
     """The loss alone, in the dtype that it is computed in."""
-    function = getattr(fl, options.name)
-    arrays = to_array(inputs.scores), to_array(inputs.target)
-    return loss_tensor(function(*arrays, **_keywords(inputs, options)), inputs.scores.dtype)
+    loss = _call(getattr(fl, options.name), inputs, options)
+    return loss_tensor(loss, inputs.scores.dtype)
 
 
 def losses_and_gradient(
     inputs: Inputs, options: Options, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Both from one pass; the gradient is that of the sum where the losses are not reduced."""
-    function = getattr(fl, f"{options.name}_with_grad")
-    arrays = to_array(inputs.scores), to_array(inputs.target)
-    loss, grad = function(*arrays, out=maybe_to_array(out), **_keywords(inputs, options))
+    function = getattr(fl, options.name + "_with_grad")
+    if out is not None:
+        function = functools.partial(function, out=to_array(out))
+    loss, grad = _call(function, inputs, options)
     return loss_tensor(loss, inputs.scores.dtype), to_tensor(grad) if out is None else out
 
 
-def _keywords(inputs: Inputs, options: Options) -> dict[str, Any]:
-    keywords = {
-        "ignore_index": options.ignore_index,
-        "reduction": options.reduction,
-        "normalizer": options.normalizer,
-        "backend": options.backend,
-        "weight": maybe_to_array(inputs.weight),
-        "sample_weight": maybe_to_array(inputs.sample_weight),
-        "axis": inputs.dim,
-        "num_threads": num_threads(inputs.scores.numel()),
-    }
-    if options.name != "nll_loss":
-        keywords |= {"label_smoothing": options.label_smoothing, "z_loss": options.z_loss}
-    return keywords
+def _call(function: Any, inputs: Inputs, options: Options) -> Any:
+    scores, target, weight, sample_weight = inputs
+    label_smoothing, z_loss, normalizer, name, ignore_index, reduction, backend = options
+    if name == "nll_loss":
+        function = functools.partial(_without_smoothing, function)
+    return function(
+        to_array(scores),
+        to_array(target),
+        weight=None if weight is None else to_array(weight),
+        sample_weight=None if sample_weight is None else to_array(sample_weight),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        normalizer=normalizer,
+        axis=class_dim(scores),
+        backend=backend,
+        num_threads=num_threads(scores.numel()),
+    )
+
+
+def _without_smoothing(
+    function: Any, *arrays: np.ndarray, label_smoothing: float, z_loss: float, **options: Any
+) -> Any:
+    return function(*arrays, **options)
 
 
 def loss_tensor(loss: float | np.ndarray, dtype: torch.dtype) -> Tensor:
     """A loss of scores of a dtype, in the one that it is computed in."""
     if not isinstance(loss, np.ndarray):
         loss = np.array(loss, np.float64 if dtype is torch.float64 else np.float32)
+        return torch.from_numpy(loss)
     return to_tensor(loss)
 
 

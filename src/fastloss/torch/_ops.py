@@ -11,21 +11,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+from torch.overrides import has_torch_function_variadic
 
 from fastloss import _arguments
 from fastloss.torch import _compute, _derivatives
 from fastloss.torch._compute import HALVES, Inputs, Options
 
+_STRIDED = torch.strided
+
+
+def is_plain(*tensors: Any) -> bool:
+    """Whether they are dense ones on the CPU, which nothing but eager autograd is to see.
+
+    It answers for most calls what `functional.unsuited` and the like find out with more words.
+    """
+    if _is_watched() or has_torch_function_variadic(*tensors):
+        return False
+    for tensor in tensors:
+        if (
+            (type(tensor) is not Tensor and type(tensor) is not Parameter)
+            or not tensor.is_cpu
+            or tensor.layout is not _STRIDED
+            or tensor.is_nested
+            or tensor.is_quantized
+            or is_legacy_batchedtensor(tensor)
+        ):
+            return False
+    return True
+
 
 def is_eager(*tensors: Any) -> bool:
     """Whether nothing but eager autograd is to see what happens to the tensors."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or _is_traced(*tensors)
-        or _is_batched(*tensors)
-    )
+    if _is_watched():
+        return False
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and (
+            is_legacy_batchedtensor(tensor) or _overrides_dispatch(tensor)
+        ):
+            return False
+    return True
 
 
 def is_alone(upstream: Tensor) -> bool:
@@ -33,24 +66,31 @@ def is_alone(upstream: Tensor) -> bool:
     return not torch.is_grad_enabled() and is_eager(upstream)
 
 
+def _is_watched() -> bool:
+    """Whether a compiler, a transform or a mode is at work, whatever the tensors."""
+    return (
+        is_compiling()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _len_torch_dispatch_stack() > 0
+        or _get_tracing_state() is not None
+    )
+
+
 def _is_batched(*tensors: Any) -> bool:
     """Whether one is a batch to ``is_grads_batched=True``, which is not of `torch.func`."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and torch._C._functorch.is_legacy_batchedtensor(tensor):
-            return True
-    return False
+    return any(isinstance(tensor, Tensor) and is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 def _is_traced(*tensors: Any) -> bool:
     """Whether there is someone to note down operators."""
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+    if _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None:
         return True
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and (
-            type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        ):
-            return True
-    return False
+    return any(isinstance(tensor, Tensor) and _overrides_dispatch(tensor) for tensor in tensors)
+
+
+def _overrides_dispatch(tensor: Tensor) -> bool:
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 # ---------------------------------------------------------------------------------------------
@@ -72,38 +112,39 @@ class Loss(torch.autograd.Function):
         inplace: bool,
     ) -> Tensor:
         inputs = Inputs(scores, target, weight, sample_weight)
-        ctx.options, ctx.inplace, ctx.spent = options, inplace, False
-        # The gradient of this pass goes to the first backward pass, whose caller may keep it and
-        # write to it.  Another backward pass computes another one.
-        ctx.gradients = []
-        if not inplace:
-            ctx.save_for_backward(*inputs)
-            # Rows wait for the gradients with respect to their losses.
-            if not ctx.needs_input_grad[0] or options.reduction == "none":
-                return _compute.losses(inputs, options)
-        out = scores.detach() if inplace else None
-        loss, grad = _compute.losses_and_gradient(inputs, options, out)
+        ctx.options = options
         if inplace:
+            ctx.gradients, ctx.spent = None, False
+            loss, _ = _compute.losses_and_gradient(inputs, options, scores.detach())
             # Whoever has saved the scores shall hear of it, and we of whoever changes the gradient.
             torch.autograd.graph.increment_version(scores)
             ctx.save_for_backward(scores)
-        else:
-            ctx.gradients.append(grad)
+            return loss
+        # The gradient of this pass goes to the first backward pass, whose caller may keep it and
+        # write to it.  Another backward pass computes another one.
+        ctx.gradients = []
+        bare = weight is None and sample_weight is None
+        ctx.save_for_backward(*(inputs[:2] if bare else inputs))
+        # Rows wait for the gradients with respect to their losses.
+        if not ctx.needs_input_grad[0] or options.reduction == "none":
+            return _compute.losses(inputs, options)
+        loss, grad = _compute.losses_and_gradient(inputs, options)
+        ctx.gradients.append(grad)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        if ctx.inplace:
+        if ctx.gradients is None:
             return _gradient_in_place(ctx, upstream), *[None] * 5
-        options, alone = ctx.options, is_alone(upstream)
-        target_needs_it = ctx.needs_input_grad[1]
         grad = ctx.gradients.pop() if ctx.gradients else None
+        alone = is_alone(upstream)
+        target_needs_it = ctx.needs_input_grad[1]
         if grad is not None and alone and not target_needs_it:
             value = upstream.item()
             # Of a half type it has been rounded: unless it is right as it is, compute it anew.
             if value == 1.0 or grad.dtype not in HALVES:
-                return _compute.times(grad, value), *[None] * 5
-        inputs = Inputs(*ctx.saved_tensors)
+                return grad if value == 1.0 else grad.mul_(value), None, None, None, None, None
+        inputs, options = Inputs(*ctx.saved_tensors), ctx.options
         if not ctx.needs_input_grad[0]:
             grad = None
         elif alone:
@@ -188,7 +229,7 @@ def _operator(
     function: Any = type(f"fastloss_{name}", (torch.autograd.Function,), methods)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_batched(*arguments):
+        if is_compiling() or _is_batched(*arguments):
             return op(*arguments)
         return function.apply(*arguments)
 

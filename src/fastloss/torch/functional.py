@@ -13,6 +13,8 @@ from fastloss.torch._compute import Inputs, Options
 from fastloss.torch._linear import LinearInputs
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_UNROUNDED = (torch.float32, torch.float64)  # the losses have the dtype they are computed in
+_INDICES = (torch.int64, torch.int32)
 _OPTIONAL = ("weight", "sample_weight", "linear_bias")
 
 
@@ -107,10 +109,12 @@ def _map(
     backend: str | None,
     fallback: bool,
 ) -> Tensor:
-    theirs: dict[str, Any] = {"dim": dim, "dtype": dtype}
-    result = _elsewhere(function, {"input": input}, theirs, {"backend": backend}, fallback)
-    if result is not None:
-        return result
+    plain = _ops.is_plain(input)
+    if not plain:
+        theirs: dict[str, Any] = {"dim": dim, "dtype": dtype}
+        result = _elsewhere(function, {"input": input}, theirs, {"backend": backend}, fallback)
+        if result is not None:
+            return result
     if dim is None:
         raise ValueError(f"dim is not given, and {function.__name__} does not guess it")
     if dtype is not None:
@@ -120,7 +124,7 @@ def _map(
     if not -dims <= dim < dims:
         raise IndexError(f"dim = {dim} is out of range for input of shape {tuple(input.shape)}")
     arguments = (input, function is log_softmax, dim, backend)
-    if not _ops.is_eager(input):
+    if not (plain or _ops.is_eager(input)):
         return _ops.probabilities(*arguments)
     if input.requires_grad and torch.is_grad_enabled():
         return _ops.Probabilities.apply(*arguments)
@@ -222,6 +226,16 @@ def cross_entropy(
     >>> logits.grad
     tensor([[-0.2946,  0.2595,  0.0351]])
     """
+    if (
+        weight is sample_weight is normalizer is size_average is reduce is None
+        and type(label_smoothing) is type(z_loss) is float
+        and not inplace
+    ):
+        options = Options(
+            label_smoothing, z_loss, None, "cross_entropy", ignore_index, reduction, backend
+        )
+        if (loss := _usual_loss(input, target, options)) is not None:
+            return loss
     refuse_legacy(size_average, reduce)
     inputs = Inputs(input, target, weight, sample_weight)
     theirs: dict[str, Any] = {
@@ -283,6 +297,10 @@ fallback
     >>> nll_loss(log_softmax(torch.tensor([[5.0, 4.0, 2.0]]), dim=1), torch.tensor([0]))
     tensor(0.3490)
     """
+    if weight is sample_weight is normalizer is size_average is reduce is None:
+        options = Options(0.0, 0.0, None, "nll_loss", ignore_index, reduction, backend)
+        if (loss := _usual_loss(input, target, options)) is not None:
+            return loss
     refuse_legacy(size_average, reduce)
     inputs = Inputs(input, target, weight, sample_weight)
     theirs: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}
@@ -409,6 +427,21 @@ def _loss(
     _check_no_gradient(weight=inputs.weight, sample_weight=inputs.sample_weight)
     inplace = own.pop("inplace", False)
     return apply(inputs, _options(function.__name__, inputs.soft, **theirs, **own), inplace)
+
+
+def _usual_loss(input: Tensor, target: Tensor, options: Options) -> Tensor | None:
+    """That of scores and indices as most calls have them, None of any other.
+
+    A small step takes longer to check than to compute.  What is left out here has nothing to say
+    about these tensors; what is in the options, and in the tensors, the kernels check.
+    """
+    if not (
+        _ops.is_plain(input, target) and input.dtype in _UNROUNDED and target.dtype in _INDICES
+    ):
+        return None
+    if input.requires_grad and torch.is_grad_enabled():
+        return _ops.Loss.apply(input, target, None, None, options, False)
+    return _compute.losses(Inputs(input, target), options)
 
 
 def _options(
