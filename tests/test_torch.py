@@ -17,10 +17,14 @@ import fastloss as fl
 torch = need("torch")
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._functorch.aot_autograd import make_boxed_func  # noqa: E402
+from torch._subclasses import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import fastloss.torch as ft  # noqa: E402
-from fastloss.torch import _compute, _ops  # noqa: E402
+from fastloss.torch import _compute, _ops, functional  # noqa: E402
 from fastloss.torch._compute import Options  # noqa: E402
 
 F = torch.nn.functional
@@ -1409,6 +1413,221 @@ def test_subclasses_and_modes():
         (grad,) = torch.autograd.grad(loss.sum(), parameter, create_graph=True)
         torch.autograd.grad(grad.square().sum(), parameter)
     assert parameter.grad.device.type == "cpu"
+
+
+# ---------------------------------------------------------------------------------------------
+# The short way of the usual call
+# ---------------------------------------------------------------------------------------------
+
+SEEN = []  # by the subclasses and modes below
+
+
+class NotingFunctions(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        SEEN.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class NotingOperators(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        SEEN.append(operator)
+        with torch._C._DisableTorchDispatch():
+            return operator(*args, **(kwargs or {}))
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class FunctionMode(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        SEEN.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+class DispatchMode(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        SEEN.append(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+def quantized(x):
+    return torch.quantize_per_tensor(x.detach().float(), 0.1, 0, torch.qint32)
+
+
+def nested(x):
+    return torch.nested.nested_tensor([x[:3].detach(), x[3:].detach()])
+
+
+def per_entry(call, x, y):
+    return torch.func.vmap(call)(torch.stack([x, 2 * x]), torch.stack([y, y]))
+
+
+def batched(call, x, y):
+    """With a batch of ``is_grads_batched=True`` for scores."""
+    square = x * x
+
+    class Through(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            loss = call(upstream, y)
+            return upstream * (loss.unsqueeze(-1) if 0 < loss.dim() < x.dim() else loss)
+
+    upstreams = torch.stack([square, x]).detach()
+    return torch.autograd.grad(Through.apply(x), x, upstreams, is_grads_batched=True)[0]
+
+
+def traced(call, x, y):
+    return torch.jit.trace(call, (x, y), check_trace=False)(x * 2, y)
+
+
+def dual(call, x, y):
+    with forward_ad.dual_level():
+        return call(forward_ad.make_dual(x.detach(), x.detach()), y)
+
+
+def within(context):
+    def run(call, x, y):
+        with context():
+            return call(x, y)
+
+    return run
+
+
+SCORES = {
+    "usual": torch.clone, "vector": lambda x: x[0], "no classes": lambda x: x[:, :0],
+    "scalar": lambda x: x[0, 0], "no rows": lambda x: x[:0], "NaN": lambda x: x * NAN,
+    "meta": lambda x: x.to("meta"), "sparse": torch.Tensor.to_sparse, "nested": nested,
+    "quantized": quantized, "negated": torch._neg_view, "transposed": transposed,
+    "strided": strided, "expanded": expanded, "list": torch.Tensor.tolist,
+    "array": lambda x: x.detach().numpy(), "None": lambda x: None,
+    "parameter": torch.nn.Parameter, "frozen": torch.Tensor.detach,
+    "functions": lambda x: x.as_subclass(NotingFunctions),
+    "operators": lambda x: x.as_subclass(NotingOperators),
+    **{
+        str(dtype): lambda x, dtype=dtype: x.to(dtype)
+        for dtype in (*DTYPES, torch.long, torch.bool, torch.cfloat)
+    },
+}  # fmt: skip
+TARGETS = {
+    "meta": lambda y: y.to("meta"), "sparse": torch.Tensor.to_sparse, "short": lambda y: y[:3],
+    "column": lambda y: y[:, None], "out of range": lambda y: y + 1, "negative": lambda y: y - 1,
+    "list": torch.Tensor.tolist, "None": lambda y: None, "nested": nested, "quantized": quantized,
+    "functions": lambda y: y.as_subclass(NotingFunctions),
+    "operators": lambda y: y.as_subclass(NotingOperators),
+    "probabilities": lambda y: torch.linspace(0, 1, 20).reshape(5, 4),
+    "their gradient": lambda y: torch.linspace(0, 1, 20).reshape(5, 4).requires_grad_(),
+    **{
+        str(dtype): lambda y, dtype=dtype: y.to(dtype)
+        for dtype in (torch.int32, torch.int8, torch.uint8, torch.bool, torch.float, torch.cfloat)
+    },
+}  # fmt: skip
+AROUND = {
+    "no_grad": within(torch.no_grad), "inference": within(torch.inference_mode),
+    "autocast": within(lambda: torch.autocast("cpu", torch.bfloat16)),
+    "function mode": within(FunctionMode), "dispatch mode": within(DispatchMode),
+    "fake": within(lambda: FakeTensorMode(allow_non_fake_inputs=True)),
+    "default device": within(lambda: torch.device("meta")),
+    "grad": lambda call, x, y: torch.func.grad(lambda x: call(x, y).sum())(x),
+    "vmap": per_entry, "batched": batched, "traced": traced, "dual": dual,
+    "make_fx": lambda call, x, y: make_fx(call)(x, y)(x * 2, y),
+}  # fmt: skip
+OF_LOSSES = [
+    *({"reduction": r} for r in ("sum", "none", "mea", None, np.str_("mean"))),
+    *({"ignore_index": i} for i in (-1, 1, -100.0, np.int64(-100), "1", None, 1 << 70)),
+    *({"normalizer": n} for n in (2.0, 0.0, torch.tensor(3.0))),
+    *({"weight": w} for w in (torch.ones(4), torch.ones(3), torch.ones(4).requires_grad_(), [1.0])),
+    {"sample_weight": torch.ones(5)}, {"sample_weight": torch.ones(5, device="meta")},
+    {"size_average": True}, {"reduce": False}, {"size_average": False, "weight": torch.ones(4)},
+]  # fmt: skip
+OF_CROSS_ENTROPY = [
+    *(
+        {name: value}
+        for name in ("label_smoothing", "z_loss")
+        for value in (0, 0.1, -0.0, 2.0, -1.0, NAN, "0", None, True, torch.tensor(0.1))
+    ),
+    {"inplace": True}, {"fallback": True},
+]  # fmt: skip
+OF_ALL = [{"backend": b} for b in ("numpy", "numb", 3)]
+OF_MAPS = [{"dim": d} for d in (0, -1, 2, None, 1.0)] + [{"dtype": torch.double}]
+
+
+def slightly_off():
+    """Function, options, and what is done with scores, target and call."""
+    same = torch.clone
+    for name in ("cross_entropy", "nll_loss", "softmax", "log_softmax"):
+        options = [*OF_ALL, *(OF_LOSSES if "ax" not in name else OF_MAPS)]
+        options += OF_CROSS_ENTROPY if name == "cross_entropy" else []
+        cases = {f"{option}": (option, same, same, None) for option in options}
+        cases |= {f"scores {key}": ({}, change, same, None) for key, change in SCORES.items()}
+        cases |= {f"around {key}": ({}, same, same, around) for key, around in AROUND.items()}
+        if "ax" not in name:
+            cases |= {f"target {key}": ({}, same, change, None) for key, change in TARGETS.items()}
+        for key, case in cases.items():
+            yield pytest.param(name, *case, id=f"{name} {key}")
+
+
+def told(tensor):
+    """All that is known of a tensor, to the bit."""
+    about = [type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()]
+    about += [tensor.requires_grad, str(tensor.grad_fn).split(" ")[0]]
+    if tensor.is_cpu and not isinstance(tensor, FakeTensor):
+        about.append(tensor.detach().double().numpy(force=True).tobytes())
+    return about
+
+
+def outcome(name, options, of_scores, of_target, around):
+    """What a call and its derivatives return, or raise; and what others saw of it."""
+    SEEN.clear()
+    results = []
+    x = torch.arange(20.0).sin().mul(3).reshape(5, 4).requires_grad_()
+    y = torch.tensor([0, 3, -100, 1, 1])
+
+    def call(scores, target):
+        if name.endswith("softmax"):
+            return getattr(ft, name)(scores, **{"dim": 1, **options})
+        return getattr(ft, name)(scores, target, **options)
+
+    try:
+        scores, target = of_scores(x), of_target(y)
+        result = around(call, scores, target) if around else call(scores, target)
+        results.append(result)
+        if result.requires_grad and scores.requires_grad:
+            for create_graph in (False, True):
+                (grad,) = torch.autograd.grad(
+                    2 * result.sum(), scores, create_graph=create_graph, retain_graph=True
+                )
+                results.append(grad)
+            results += torch.autograd.grad(grad.square().sum(), scores)
+    except Exception as error:  # whatever it is
+        return [*map(told, results), type(error), str(error)], [*SEEN]
+    return [*map(told, results)], [*SEEN]
+
+
+@pytest.mark.filterwarnings("ignore")  # quantized tensors, named ones, traces
+@pytest.mark.parametrize(("name", "options", "of_scores", "of_target", "around"), [*slightly_off()])
+def test_both_ways(monkeypatch, name, options, of_scores, of_target, around):
+    """Usual calls, and those that are nearly so, are answered as the general way answers them."""
+    arguments = name, options, of_scores, of_target, around
+    found = outcome(*arguments)
+    monkeypatch.setattr(_ops, "is_plain", lambda *_: False)
+    assert found == outcome(*arguments)
+
+
+@pytest.mark.parametrize("make", [torch.clone, torch.Tensor.detach, torch.nn.Parameter])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_the_usual_call_takes_the_short_way(monkeypatch, make, dtype, index):
+    x, t = make(X.to(dtype).requires_grad_()), T.to(index)
+    monkeypatch.delattr(functional, "_elsewhere")
+    for call in (ft.cross_entropy, ft.nll_loss, ft.CrossEntropyLoss(), ft.NLLLoss()):
+        call(x, t)
+    for call in (ft.softmax, ft.log_softmax):
+        call(x, 1)
 
 
 def test_without_pytorch(python):

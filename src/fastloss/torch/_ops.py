@@ -16,7 +16,7 @@ from torch._C import (
     _get_tracing_state,
     _len_torch_dispatch_stack,
 )
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -34,7 +34,7 @@ def is_plain(*tensors: Any) -> bool:
 
     It answers for most calls what `functional.unsuited` and the like find out with more words.
     """
-    if _is_watched() or has_torch_function_variadic(*tensors):
+    if not is_eager(*tensors) or has_torch_function_variadic(*tensors):
         return False
     for tensor in tensors:
         if (
@@ -42,8 +42,7 @@ def is_plain(*tensors: Any) -> bool:
             or not tensor.is_cpu
             or tensor.layout is not _STRIDED
             or tensor.is_nested
-            or tensor.is_quantized
-            or is_legacy_batchedtensor(tensor)
+            or is_functorch_wrapped_tensor(tensor)  # one that has outlived its transform
         ):
             return False
     return True
@@ -51,11 +50,18 @@ def is_plain(*tensors: Any) -> bool:
 
 def is_eager(*tensors: Any) -> bool:
     """Whether nothing but eager autograd is to see what happens to the tensors."""
-    if _is_watched():
+    if (
+        is_compiling()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _len_torch_dispatch_stack() > 0
+        or _get_tracing_state() is not None
+    ):
         return False
     for tensor in tensors:
         if isinstance(tensor, Tensor) and (
-            is_legacy_batchedtensor(tensor) or _overrides_dispatch(tensor)
+            is_legacy_batchedtensor(tensor)
+            or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         ):
             return False
     return True
@@ -64,17 +70,6 @@ def is_eager(*tensors: Any) -> bool:
 def is_alone(upstream: Tensor) -> bool:
     """Whether nothing but the gradient is asked of a backward pass."""
     return not torch.is_grad_enabled() and is_eager(upstream)
-
-
-def _is_watched() -> bool:
-    """Whether a compiler, a transform or a mode is at work, whatever the tensors."""
-    return (
-        is_compiling()
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _len_torch_dispatch_stack() > 0
-        or _get_tracing_state() is not None
-    )
 
 
 def _is_batched(*tensors: Any) -> bool:
@@ -86,11 +81,11 @@ def _is_traced(*tensors: Any) -> bool:
     """Whether there is someone to note down operators."""
     if _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None:
         return True
-    return any(isinstance(tensor, Tensor) and _overrides_dispatch(tensor) for tensor in tensors)
-
-
-def _overrides_dispatch(tensor: Tensor) -> bool:
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return any(
+        isinstance(tensor, Tensor)
+        and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        for tensor in tensors
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,6 +182,12 @@ class Probabilities(torch.autograd.Function):
         alone = is_alone(upstream)
         function = _compute.probabilities_backward if alone else probabilities_backward
         return function(upstream, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+# `apply` looks for what has to do with `torch.func` first, which takes as long as a small loss; of
+# plain tensors it has been found out.
+plain_loss = super(torch.autograd.Function, Loss).apply
+plain_probabilities = super(torch.autograd.Function, Probabilities).apply
 
 
 # ---------------------------------------------------------------------------------------------

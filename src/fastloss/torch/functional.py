@@ -109,7 +109,7 @@ def _map(
     backend: str | None,
     fallback: bool,
 ) -> Tensor:
-    plain = _ops.is_plain(input)
+    plain = _ops.is_plain(input) and input.dtype in _FLOATS
     if not plain:
         theirs: dict[str, Any] = {"dim": dim, "dtype": dtype}
         result = _elsewhere(function, {"input": input}, theirs, {"backend": backend}, fallback)
@@ -127,7 +127,8 @@ def _map(
     if not (plain or _ops.is_eager(input)):
         return _ops.probabilities(*arguments)
     if input.requires_grad and torch.is_grad_enabled():
-        return _ops.Probabilities.apply(*arguments)
+        function = _ops.plain_probabilities if plain else _ops.Probabilities.apply
+        return function(*arguments)
     return _compute.probabilities(*arguments)
 
 
@@ -440,7 +441,7 @@ def _usual_loss(input: Tensor, target: Tensor, options: Options) -> Tensor | Non
     ):
         return None
     if input.requires_grad and torch.is_grad_enabled():
-        return _ops.Loss.apply(input, target, None, None, options, False)
+        return _ops.plain_loss(input, target, None, None, options, False)
     return _compute.losses(Inputs(input, target), options)
 
 
