@@ -5,8 +5,9 @@ in place, and the products of that gradient with W and with the chunk.  The scor
 exist.  Three things are less plain than that:
 
 - A chunk is the work of one thread, its products included, and threads take chunks until none is
-  left.  BLAS would put its own threads on each product; they wait for the next in a loop, and what
-  lies between two products would have one processor less.  So BLAS is held to one thread.
+  left; then, or where scores would take too much memory, they help with parts of others' chunks.
+  BLAS would put its own threads on each product; they wait for the next in a loop, and what lies
+  between two products would have one processor less.  So BLAS is held to one thread.
 - Every row of the gradient of W is a sum over the chunks.  They are added in their order, whoever
   is done first, so that its bits do not depend on the threads.
 - BLAS picks its code by the shape of a product, and may round a row differently among 100 rows than
