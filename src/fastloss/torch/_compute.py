@@ -91,8 +91,6 @@ def maybe_to_array(tensor: Tensor | None) -> np.ndarray | None:
 def to_tensor(array: np.ndarray) -> Tensor:
     """A tensor on the memory of an array: NumPy's costs fewer page faults than PyTorch's own."""
     is_bfloat16 = array.dtype.kind == "V"  # its name takes a microsecond to make up
-    if not is_bfloat16 and array.size:
-        return torch.from_numpy(array)
     bits = torch.from_numpy(array.view(np.int16) if is_bfloat16 else array)
     if not array.size:  # NumPy has strides of its own for it
         bits = bits.new_empty(array.shape)
@@ -140,8 +138,8 @@ def _call(function: Any, inputs: Inputs, options: Options) -> Any:
     return function(
         to_array(scores),
         to_array(target),
-        weight=None if weight is None else to_array(weight),
-        sample_weight=None if sample_weight is None else to_array(sample_weight),
+        weight=maybe_to_array(weight),
+        sample_weight=maybe_to_array(sample_weight),
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -163,7 +161,6 @@ def loss_tensor(loss: float | np.ndarray, dtype: torch.dtype) -> Tensor:
     """A loss of scores of a dtype, in the one that it is computed in."""
     if not isinstance(loss, np.ndarray):
         loss = np.array(loss, np.float64 if dtype is torch.float64 else np.float32)
-        return torch.from_numpy(loss)
     return to_tensor(loss)
 
 

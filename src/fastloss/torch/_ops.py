@@ -138,7 +138,7 @@ class Loss(torch.autograd.Function):
             value = upstream.item()
             # Of a half type it has been rounded: unless it is right as it is, compute it anew.
             if value == 1.0 or grad.dtype not in HALVES:
-                return grad if value == 1.0 else grad.mul_(value), None, None, None, None, None
+                return _compute.times(grad, value), *[None] * 5
         inputs, options = Inputs(*ctx.saved_tensors), ctx.options
         if not ctx.needs_input_grad[0]:
             grad = None
