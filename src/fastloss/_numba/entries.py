@@ -125,6 +125,24 @@ def in_stages(share, arguments, blocks, threads):
             call_share(share, arguments, blocks, thread, threads)
 
 
+@entry
+def small_loss(share, x, target, kind, out, plan, ignore_index, scale):
+    """A loss of one unit, without weights and options.
+
+    To hand over two dozen arguments from Python takes several times as long as such a loss: those
+    that say nothing here are put together in compiled code.
+    """
+    absent, partial, named = np.empty(0), np.empty(1), Plan(*plan)
+    weights = (absent, absent, x[:0], 1.0, np.float64(named.num_classes))
+    tiles = np.empty((1, named.numbers + LINE // 4), x.dtype)
+    fields = np.empty((1, FIELDS + LINE // 8))
+    given = (x, target.view(np.uint8), kind, None)
+    options = (ignore_index, None, scale)
+    room = (tiles, None, None, None, fields, partial)
+    call_share(share, given + weights + plan + options + (x[:0], out) + room, 1, 0, 1)
+    return partial[0]
+
+
 @inline
 def share_of(units, thread, threads):
     return range(units * thread // threads, units * (thread + 1) // threads)
@@ -474,6 +492,7 @@ _ABSENT = {dtype: np.empty(0, dtype) for dtype in _NOTHING}  # to read
 for _absent in _ABSENT.values():
     _absent.setflags(write=False)  # as _read_only
 _KINDS = {np.dtype(name): kind for kind, name in enumerate(INTEGERS)}
+_SMALL = (np.dtype(np.int32), np.dtype(np.int64))  # targets that small calls mostly have
 _addresses = {}  # of compiled shares, by the kinds of their arguments
 _launch_lock = threading.Lock()
 _layer_started = False
@@ -554,6 +573,13 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
         total = cross_entropy(logits, labels, options, scale, losses, None, num_threads)
         grad.fill(0)
         return total
+    small = _small_plan(logits, labels, options, losses)
+    if small and (address := _addresses.get((cross_entropy_share, logits.dtype))):
+        target, out = labels.target, _NOTHING[logits.dtype.type] if grad is None else grad
+        return small_loss(
+            address, _read_only(logits), _read_only(target), _KINDS[target.dtype], out.reshape(-1),
+            small, options.ignore_index, scale,
+        )  # fmt: skip
     if labels.soft:
         target, soft = None, _flat(labels.target)
         plan, units, threads = plan_of(CROSS_ENTROPY_SOFT, logits, grad, num_threads, labels.target)
@@ -578,7 +604,26 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
         _fields(plan, threads), partial,
     )  # fmt: skip
     _run(cross_entropy_share, arguments, units, threads)
+    if small:
+        _addresses[cross_entropy_share, logits.dtype] = _address(cross_entropy_share, arguments)
     return _total(partial)
+
+
+def _small_plan(logits, labels, options, losses):
+    """The plan of a call of one unit without weights and options, as a tuple; else None."""
+    target, weight, sample_weight = labels
+    if (
+        weight is None and sample_weight is None and losses is None and is_plain(options)
+        and target.dtype in _SMALL and target.size <= LANES and logits.itemsize != 2
+    ):  # fmt: skip
+        return _plan_of_unit(logits.shape, storage_of(logits))
+    return None
+
+
+@functools.lru_cache
+def _plan_of_unit(shape, storage):
+    plan = _plan_of(CROSS_ENTROPY, shape, storage, storage, False)
+    return tuple(plan) if plan.layout == TILES and plan.rows else None
 
 
 def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
@@ -849,6 +894,9 @@ def warmup():
             log_softmax(logits, np.empty_like(logits), threads)
             check_target(labels, options, 2, threads)
             cross_entropy(logits, labels, options, 1.0, None, np.empty_like(logits), threads)
+        for _ in range(2):  # the first small call learns where the share is
+            one, target = logits[:1], Labels(labels.target[:1], None, None)
+            cross_entropy(one, target, options, 1.0, None, np.empty_like(one), 1)
 
 
 def describe():
