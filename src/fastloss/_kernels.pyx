@@ -263,6 +263,8 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
     cdef int sharing = <int>min(<Py_ssize_t>num_threads, job.rows * job.num_classes // PIECE)
     cdef cnp.ndarray memory, partial
     cdef char* scratch
+    cdef double total = 0.0
+    cdef Py_ssize_t unit
     if units == 0:
         return 0.0
     # All memory is taken before anything is written: where there is none, MemoryError says so.
@@ -279,8 +281,10 @@ cdef double run(Job* job, Operation operation, int num_threads) except? -1:
         run_shares(job, NLL_BACKWARD, units, threads, scratch, scratch_bytes)
     if not has_losses(operation):
         return 0.0
-    if cnp.PyArray_SIZE(partial) == 1:
-        return job.partial[0]
+    if cnp.PyArray_SIZE(partial) < FEW:
+        for unit in range(cnp.PyArray_SIZE(partial)):
+            total += job.partial[unit]
+        return total
     # NumPy adds pairwise, in an order that depends on the number of units alone. Out is written: a
     # sum of losses that is infinite or NaN must not become an error now.
     with np.errstate(all="ignore"):

@@ -36,6 +36,7 @@ cdef enum:
     PIECE = 16384  # classes of a long row that are worth a thread of their own
     WIDE = 16384  # elements of the tiles in a unit of work, where runs may be long
     MOST_TILES = 8  # of a unit
+    FEW = 64  # sums that are added up one by one: where there are more, NumPy is quicker
     FEWEST_UNITS = 32  # that are to be left when tiles are put together
     AHEAD = 65536  # the most elements that are fetched ahead of their use
     CHECK_BLOCK = 4096  # targets that one unit of check_target reads

@@ -71,6 +71,7 @@ from fastloss._numba.types import (
     CROSS_ENTROPY,
     CROSS_ENTROPY_SOFT,
     DONE,
+    FEW,
     FEWEST_UNITS,
     FIELDS,
     FIRST,
@@ -127,20 +128,25 @@ def in_stages(share, arguments, blocks, threads):
 
 @entry
 def small_loss(share, x, target, kind, out, plan, ignore_index, scale):
-    """A loss of one unit, without weights and options.
+    """A loss of few units, without weights and options.
 
     To hand over two dozen arguments from Python takes several times as long as such a loss: those
     that say nothing here are put together in compiled code.
     """
-    absent, partial, named = np.empty(0), np.empty(1), Plan(*plan)
+    named = Plan(*plan)
+    units = -(-named.rows // named.group)
+    absent, partial = np.empty(0), np.empty(units)
     weights = (absent, absent, x[:0], 1.0, np.float64(named.num_classes))
     tiles = np.empty((1, named.numbers + LINE // 4), x.dtype)
     fields = np.empty((1, FIELDS + LINE // 8))
     given = (x, target.view(np.uint8), kind, None)
     options = (ignore_index, None, scale)
     room = (tiles, None, None, None, fields, partial)
-    call_share(share, given + weights + plan + options + (x[:0], out) + room, 1, 0, 1)
-    return partial[0]
+    call_share(share, given + weights + plan + options + (x[:0], out) + room, units, 0, 1)
+    total = 0.0
+    for unit in range(units):
+        total += partial[unit]
+    return total
 
 
 @inline
@@ -573,7 +579,7 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
         total = cross_entropy(logits, labels, options, scale, losses, None, num_threads)
         grad.fill(0)
         return total
-    small = _small_plan(logits, labels, options, losses)
+    small = None if num_threads > 1 else _small_plan(logits, labels, options, losses)
     if small and (address := _addresses.get((cross_entropy_share, logits.dtype))):
         target, out = labels.target, _NOTHING[logits.dtype.type] if grad is None else grad
         return small_loss(
@@ -610,18 +616,18 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
 
 
 def _small_plan(logits, labels, options, losses):
-    """The plan of a call of one unit without weights and options, as a tuple; else None."""
+    """The plan of a call of few units without weights and options, as a tuple; else None."""
     target, weight, sample_weight = labels
     if (
         weight is None and sample_weight is None and losses is None and is_plain(options)
-        and target.dtype in _SMALL and target.size <= LANES and logits.itemsize != 2
+        and target.dtype in _SMALL and target.size < FEW * LANES and logits.itemsize != 2
     ):  # fmt: skip
-        return _plan_of_unit(logits.shape, storage_of(logits))
+        return _plan_of_few(logits.shape, storage_of(logits))
     return None
 
 
 @functools.lru_cache
-def _plan_of_unit(shape, storage):
+def _plan_of_few(shape, storage):
     plan = _plan_of(CROSS_ENTROPY, shape, storage, storage, False)
     return tuple(plan) if plan.layout == TILES and plan.rows else None
 
@@ -643,9 +649,9 @@ def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
 
 
 def _total(partial):
-    """The sum of the row losses from those of rows summed together; small calls have one."""
-    if partial.size == 1:
-        return partial.item()
+    """The sum of the row losses from those of rows summed together; small calls have few."""
+    if partial.size < FEW:
+        return sum(partial.tolist())
     # Out is written: a sum of losses that is infinite or NaN must not become an error now.
     with np.errstate(all="ignore"):
         return float(partial.sum())
