@@ -349,9 +349,9 @@ def test_no_gradient_at_all(monkeypatch):
     """The loss alone, then: kernels are not asked for a gradient of the scores."""
     right, asked = linear._score, []
 
-    def score(plan, rows, scores, losses, with_grad, crew):
+    def score(plan, rows, scores, losses, with_grad):
         asked.append(with_grad)
-        right(plan, rows, scores, losses, with_grad, crew)
+        return right(plan, rows, scores, losses, with_grad)
 
     monkeypatch.setattr(linear, "_score", score)
     problem = Problem((64, 5, 3), np.float32, ("l2",))
@@ -860,7 +860,7 @@ def test_scores_have_so_much_room(threads, owners, small_chunks, monkeypatch, ba
     monkeypatch.setattr(linear, "_MOST_BYTES", 1 << 13)
     monkeypatch.setattr(linear, "_THREAD_BYTES", 1 << 12)
     problem = Problem((64, 700, 20), np.float32)  # chunks of two rows, 5600 bytes
-    right, seen = linear._score, []
+    right, seen = linear._score_by_parts, []
 
     def score(*arguments):
         time.sleep(0.002)  # for others to begin a chunk, too
@@ -868,7 +868,7 @@ def test_scores_have_so_much_room(threads, owners, small_chunks, monkeypatch, ba
         right(*arguments)
 
     loss = problem.loss(backend=backend, num_threads=1)
-    monkeypatch.setattr(linear, "_score", score)
+    monkeypatch.setattr(linear, "_score_by_parts", score)
     assert problem.loss(backend=backend, num_threads=threads) == loss
     ids, sizes = zip(*seen, strict=True)
     assert set(sizes) == {5600}

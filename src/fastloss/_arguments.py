@@ -5,6 +5,7 @@ byte order, indices in range.  Whatever lies densely in memory reaches that form
 whichever order its axes lie; only gaps, overlaps and foreign byte orders cost a copy.
 """
 
+import functools
 import itertools
 import math
 import operator
@@ -577,6 +578,7 @@ def _check_entries(matrix: Any) -> None:
             raise ValueError("each entry must have an index")
 
 
+@functools.lru_cache  # shapes come again and again
 def _scores(shape: tuple[int, ...], num_classes: int, dtype: np.dtype) -> Logits:
     """Scores that never exist: for the checks, which look at shapes and dtypes alone."""
     sizes, normal_sizes = (*shape, num_classes), (math.prod(shape), num_classes, 1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-Task = Callable[[], None]
+Task = Callable[[], object]
 
 
 class _Stage:
@@ -145,7 +145,8 @@ def on_threads(threads: int, work: Task, crew: Crew) -> None:
     of the standard library have such locks, and do not survive a fork.
     """
     if threads == 1:
-        return work()
+        work()
+        return
     started, finished = 0, []
     news: queue.SimpleQueue[None] = queue.SimpleQueue()
     errors: list[BaseException] = []
@@ -178,4 +179,3 @@ def on_threads(threads: int, work: Task, crew: Crew) -> None:
         raise
     if errors:
         raise errors[0]
-    return None

@@ -63,6 +63,10 @@ class LinearGradients(NamedTuple):
 _NO_GRADIENTS = LinearGradients(None)
 
 
+def _any(gradients: LinearGradients) -> bool:
+    return any(array is not None for array in gradients)
+
+
 def linear_cross_entropy(
     inputs: Any,
     linear_weight: ArrayLike,
@@ -323,6 +327,22 @@ class _Plan(NamedTuple):
     def scale(self) -> float:
         return 1.0 / self.divisor if self.divisor else 0.0
 
+    @property
+    def widens(self) -> bool:
+        """Whether a bias is one more weight, of an input of 1.
+
+        That saves a pass over the scores for one over the inputs.
+        """
+        num_classes: int = self.layer.weight.shape[0]
+        num_features: int = self.layer.weight.shape[1]
+        return num_classes > num_features and self.num_rows > _COPY_COST * num_features
+
+    @property
+    def is_one_block(self) -> bool:
+        """Whether there is nothing to share out, and nothing to put together."""
+        one = self.block == self.num_rows and len(self.parts) == 1
+        return one and not self.layer.sparse and (self.layer.bias is None or not self.widens)
+
     def rows(self, array: Any, rows: slice) -> Any:
         """A part of the rows that count."""
         return array[rows] if self.kept is None else array[self.kept[rows]]
@@ -412,32 +432,65 @@ def _sizes(count: int, layer: _arguments.Linear, parts: int, asked: int | None) 
     return block, block * min(-(-(asked or 1) // block), blocks)
 
 
+_Losses = tuple[float, np.ndarray | None]  # their sum, in float64, and those of the rows if wanted
+
+
 def _run(plan: _Plan, gradients: LinearGradients, accumulate: bool = False) -> float | np.ndarray:
     """The loss, and its gradients into where they go."""
-    with_grad = any(array is not None for array in gradients)
-    losses = np.empty((plan.num_rows, 1), plan.layer.weight.dtype)
-    crew = Crew(plan.num_rows, plan.chunk, plan.owners, plan.threads <= 1)
-    chunks = _sparse_chunks(plan) if plan.layer.sparse else _dense_chunks(plan)
     if not accumulate:
         _clear(plan, gradients)
-
-    def work() -> None:
-        with np.errstate(all="ignore"):
-            for rows, x, scores in chunks(crew):
-                _score(plan, rows, scores, losses, with_grad, crew)
-                if with_grad:
-                    _add_gradients(plan, gradients, rows, x, scores, crew, accumulate)
-            crew.help()
-
+    run = _run_block if plan.is_one_block else _run_chunks
     try:
         _blas.one_thread.hold()
-        on_threads(plan.threads, work, crew)
+        with np.errstate(all="ignore"):
+            losses = run(plan, gradients, accumulate)
     finally:
         _blas.one_thread.release()
     with np.errstate(all="ignore"):
         if gradients.linear_weight is not None and plan.l2:
             _add_penalty(gradients.linear_weight, plan.layer.weight, plan.l2)
-        return _reduce(plan, losses)
+        return _reduce(plan, *losses)
+
+
+def _run_block(plan: _Plan, gradients: LinearGradients, accumulate: bool) -> _Losses:
+    """All rows at once: for so few, to hand them out would take as long as the products."""
+    rows, weight, bias = slice(0, plan.num_rows), plan.layer.weight, plan.layer.bias
+    x = np.ascontiguousarray(plan.rows(plan.layer.inputs, rows))
+    losses = np.empty((len(x), 1), x.dtype) if plan.reduction == "none" else None
+    scores = np.matmul(x, weight.T)
+    if bias is not None:
+        scores += bias
+    sum_of_losses = _score(plan, rows, scores, losses, _any(gradients))
+    products = ((scores.T, x), (np.ones(len(x), x.dtype), scores), (scores, weight))
+    for total, (left, right) in zip(gradients, products, strict=True):
+        if total is None:
+            continue
+        if total is gradients.inputs and plan.kept is not None:
+            total[plan.kept] += left @ right
+        elif accumulate:
+            total += left @ right
+        else:
+            np.matmul(left, right, out=total)
+    return sum_of_losses, losses
+
+
+def _run_chunks(plan: _Plan, gradients: LinearGradients, accumulate: bool) -> _Losses:
+    losses = np.empty((plan.num_rows, 1), plan.layer.weight.dtype)
+    with_grad = _any(gradients)
+    crew = Crew(plan.num_rows, plan.chunk, plan.owners, plan.threads <= 1)
+    chunks = _sparse_chunks(plan) if plan.layer.sparse else _dense_chunks(plan)
+
+    def work() -> None:
+        with np.errstate(all="ignore"):
+            for rows, x, scores in chunks(crew):
+                _score_by_parts(plan, rows, scores, losses, with_grad, crew)
+                if with_grad:
+                    _add_gradients(plan, gradients, rows, x, scores, crew, accumulate)
+            crew.help()
+
+    on_threads(plan.threads, work, crew)
+    # In one fixed order, whatever the chunks, and rounded like those of the kernels' own sums.
+    return float(np.add.reduce(losses[:, 0], dtype=np.float64)), losses
 
 
 _Chunk = tuple[slice, Any, np.ndarray]  # rows, inputs, scores
@@ -448,13 +501,7 @@ def _dense_chunks(plan: _Plan) -> Callable[[Crew], Iterator[_Chunk]]:
     weight, bias, inputs = plan.layer.weight, plan.layer.bias, plan.layer.inputs
     num_classes, num_features = weight.shape
     direct = inputs.flags.c_contiguous
-    if (
-        bias is not None
-        and num_classes > num_features
-        and plan.num_rows > _COPY_COST * num_features
-    ):
-        # The bias as one more weight, of an input of 1, saves a pass over the scores for one over
-        # the inputs.
+    if bias is not None and plan.widens:
         weight, bias, direct = np.hstack([weight, bias[:, None]]), None, False
     padded = plan.num_rows % plan.block > 0
 
@@ -500,21 +547,27 @@ def _sparse_chunks(plan: _Plan) -> Callable[[Crew], Iterator[_Chunk]]:
 
 
 def _score(
+    plan: _Plan, rows: slice, scores: np.ndarray, losses: np.ndarray | None, with_grad: bool
+) -> float:
+    """The losses of scores and their sum; their gradient takes the place of the scores."""
+    target, weight, s = plan.labels
+    x, out = scores[:, :, None], None if losses is None else losses[rows]
+    own = Labels(plan.rows(target, rows), weight, None if s is None else plan.rows(s, rows))
+    return plan.kernel(x, own, plan.options, plan.scale, out, x if with_grad else None, 1)
+
+
+def _score_by_parts(
     plan: _Plan, rows: slice, scores: np.ndarray, losses: np.ndarray, with_grad: bool, crew: Crew
 ) -> None:
-    """The losses of scores, and their gradient in the place of these."""
-    target, weight, s = plan.labels
-
-    def score(some: slice) -> None:
-        x = scores[some.start - rows.start : some.stop - rows.start, :, None]
-        own = Labels(plan.rows(target, some), weight, None if s is None else plan.rows(s, some))
-        plan.kernel(x, own, plan.options, plan.scale, losses[some], x if with_grad else None, 1)
-
     step = max(_KERNEL_ELEMENTS // scores.shape[1], 1)
+    parts = (slice(i, min(i + step, len(scores))) for i in range(0, len(scores), step))
     crew.share(
-        functools.partial(score, slice(start, min(start + step, rows.stop)))
-        for start in range(rows.start, rows.stop, step)
-    )
+        functools.partial(
+            _score, plan, slice(rows.start + part.start, rows.start + part.stop), scores[part],
+            losses, with_grad,
+        )
+        for part in parts
+    )  # fmt: skip
 
 
 def _clear(plan: _Plan, gradients: LinearGradients) -> None:
@@ -577,13 +630,11 @@ def _parts(num_classes: int, num_features: int, most: int | None = None) -> Iter
         yield slice(first, first + step)
 
 
-def _reduce(plan: _Plan, losses: np.ndarray) -> float | np.ndarray:
-    if plan.reduction == "none":
+def _reduce(plan: _Plan, total: float, losses: np.ndarray | None) -> float | np.ndarray:
+    if losses is not None and plan.reduction == "none":
         result = np.zeros(len(plan.labels.target), losses.dtype)
         result[... if plan.kept is None else plan.kept] = losses[:, 0]
         return result.reshape(plan.layer.inputs_shape[:-1])
     if not plan.divisor:
         return math.nan
-    # The losses of rows, rounded like those of the kernels' own sums, in one fixed order.
-    total = float(np.add.reduce(losses[:, 0], dtype=np.float64))
     return total / plan.divisor + _l2_penalty(plan.layer.weight, plan.l2)
