@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from fastloss import functional
+from fastloss import functional, linear
 from fastloss._numba import entries
 from fastloss._operations import BY_FUNCTION
 
@@ -144,6 +144,93 @@ def test_both_ways(backend, answered, monkeypatch):
         failures += len(result[0]) == 2 and isinstance(result[0][1], str)
     assert short > 200
     assert failures > 120
+
+
+def draw_linear(rnd):
+    """A call of the linear head, likewise."""
+
+    def pick(usual, *others):
+        return rnd.choice(others) if rnd.random() < 0.06 else usual
+
+    n, c, d = pick((5, 4, 3), (0, 4, 3), (5, 1, 3), (5, 4, 0))
+    rng = np.random.default_rng(rnd.randrange(1000))
+    dtype = np.dtype(pick(rnd.choice("fd"), ">f4", "i4"))
+    memory = np.zeros(200, dtype)  # arrays lie in it one behind the other, or one on the other
+    x, w, b = (rng.normal(size=size).astype(dtype) for size in [(n, d), (c, d), (c,)])
+    y = rng.integers(0, c, pick((n,), (n, 1), (3,)))
+    if y.size and rnd.random() < 0.2:
+        y.reshape(-1)[rnd.randrange(y.size)] = rnd.choice([-100, -1, c])
+    y = y.astype(pick(rnd.choice(["i4", "i8"]), "u8", "f4"))
+    arguments = {
+        "inputs": pick(same, *VIEWS)(x),
+        "linear_weight": pick(same, *VIEWS, lambda w: w[:, :-1], lambda w: w.astype("f8"))(w),
+        "target": pick(same, *VIEWS)(y),
+        "linear_bias": pick(rnd.choice([None, b]), b[:-1], b.astype("f8"), [0.0] * c, b[:, None]),
+        "inputs_grad": rnd.random() < 0.5,
+        "linear_weight_grad": rnd.random() < 0.8,
+        "accumulate": pick(False, True),
+        "l2": pick(rnd.choice([0.0, 0.1]), -1.0),
+        "reduction": pick(rnd.choice(["mean", "sum", "none"]), "mea"),
+        "ignore_index": pick(-100, 1),
+        "label_smoothing": pick(0.0, 0.1),
+        "weight": pick(None, np.ones(c)),
+        "sample_weight": pick(None, np.ones(n)),
+        "num_threads": pick(None, 1, 0),
+        "chunk_rows": pick(None, 2, 0),
+    }
+    if rnd.random() < 0.6:
+        start, outs = 0, []
+        for array, wanted in [(w, "linear_weight_grad"), (b, "linear_bias"), (x, "inputs_grad")]:
+            place = memory[start : start + array.size].reshape(array.shape)
+            usual = None if arguments[wanted] is False or arguments[wanted] is None else place
+            others = [None, array, place[:1], place.astype("i2"), y, pick(same, *VIEWS)(place)]
+            outs.append(pick(usual, place, *others))
+            start += pick(array.size, 0)
+        arguments["out"] = pick(fl.LinearGradients(*outs), tuple(outs), outs, tuple(outs[:2]))
+    return arguments
+
+
+def arrays_in(arguments):
+    """Those of `out`, too."""
+    out = arguments.get("out") or ()
+    return [value for key, value in arguments.items() if key != "out"] + list(out)
+
+
+def linear_outcome(arguments, backend):
+    try:
+        loss, gradients = fl.linear_cross_entropy_with_grad(**arguments, backend=backend)
+    except (ValueError, TypeError, IndexError) as error:
+        told = [type(error), str(error)]
+    else:
+        given = arguments.get("out") or (None,) * 3
+        told = [type(loss), describe(loss), type(gradients)]
+        told += [
+            (g is o, g if g is None else describe(g)) for g, o in zip(gradients, given, strict=True)
+        ]
+    return told, [describe(value) for value in arrays_in(arguments)]
+
+
+def test_both_ways_of_the_linear_head(backend, monkeypatch):
+    plain, right = [], linear._plan
+
+    def plan(*arguments):
+        made = right(*arguments)
+        plain.append(made.plain)
+        return made
+
+    monkeypatch.setattr(linear, "_plan", plan)
+    failures = short = 0
+    for seed in range(600):
+        plain.clear()
+        arguments = draw_linear(random.Random(seed))
+        result = linear_outcome(arguments, backend)
+        short += any(plain)
+        failures += len(result[0]) == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "_small", None)
+            assert result == linear_outcome(draw_linear(random.Random(seed)), backend), seed
+    assert short > 150
+    assert failures > 100
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -522,7 +522,7 @@ def linear(inputs: Any, weight: ArrayLike, bias: ArrayLike | None) -> Linear:
     rows = math.prod(shape[:-1])
     if isinstance(x, np.ndarray):
         x = x.reshape(rows, shape[-1])
-    return Linear(x, w, b, shape, _scores(shape[:-1], w.shape[0], x.dtype))
+    return Linear(x, w, b, shape, scores_of(shape[:-1], w.shape[0], x.dtype))
 
 
 def linear_weight(value: ArrayLike) -> np.ndarray:
@@ -579,7 +579,7 @@ def _check_entries(matrix: Any) -> None:
 
 
 @functools.lru_cache  # shapes come again and again
-def _scores(shape: tuple[int, ...], num_classes: int, dtype: np.dtype) -> Logits:
+def scores_of(shape: tuple[int, ...], num_classes: int, dtype: np.dtype) -> Logits:
     """Scores that never exist: for the checks, which look at shapes and dtypes alone."""
     sizes, normal_sizes = (*shape, num_classes), (math.prod(shape), num_classes, 1)
     array, normal = (

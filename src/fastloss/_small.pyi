@@ -4,6 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from fastloss._arguments import Linear
+from fastloss._contract import Labels, Options
+
 def map(
     name: str,
     by_row: bool,
@@ -30,3 +33,16 @@ def loss(
     out: Any,
     /,
 ) -> tuple[float, np.ndarray | None] | None: ...
+def linear(
+    inputs: Any,
+    linear_weight: Any,
+    bias: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    options: Options,
+    /,
+) -> tuple[Linear, Labels, float] | None: ...
+def gradients(
+    out: Any, layer: Linear, labels: Labels, wanted: tuple[bool, bool, bool], /
+) -> list[np.ndarray | None] | None: ...

@@ -3,16 +3,17 @@
 
 Where arrays are a few kilobytes a kernel takes less time than Python's checks of its arguments.
 What is common is quickly told: plain arrays of float32 or float64 in C order, classes along the
-last axis, no options but a divisor, one thread.  Such a call is answered here.  Of any other, and of one with
-something wrong in it, the answer is None: `functional` then goes the general way, which knows all
-the rules and all the errors.  This file has no rules of its own, and tests/test_small.py holds both
-ways to the same results.
+last axis, no options but a divisor, one thread.  Such a call is answered here; of a linear head,
+only the checks.  Of any other, and of one with something wrong in it, the answer is None:
+`functional` and `linear` then go the general way, which knows all the rules and all the errors.
+This file has no rules of its own, and tests/test_small.py holds both ways to the same results.
 """
 
 cimport numpy as cnp
 from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, int64_t
 
+from fastloss._arguments import Linear, scores_of
 from fastloss._backend import resolve
 from fastloss._contract import Labels, Options
 from fastloss._threads import MOST_THREADS, PARALLEL_ELEMENTS
@@ -73,6 +74,85 @@ def loss(
         x, labels, no_options, 1.0 / divisor, None, None if grad is None else rows_of(grad), 1
     )
     return total / divisor, grad
+
+
+def linear(inputs, linear_weight, bias, target, weight, sample_weight, options):
+    """The layer and the labels of a linear head, and their weight; of what is not plain, None."""
+    cdef cnp.ndarray x, w
+    cdef double total_weight
+    if not (
+        weight is None and sample_weight is None and options == no_options
+        and is_matrix(inputs) and is_matrix(linear_weight)
+    ):
+        return None
+    x, w = inputs, linear_weight
+    if not (
+        x.shape[1] == w.shape[1] and x.descr.type_num == w.descr.type_num
+        and (bias is None or is_like(bias, w, 1)) and is_target(target, x)
+    ):
+        return None
+    total_weight = count_of(target, w.shape[0])
+    if total_weight <= 0.0:
+        return None
+    scores = scores_of(target.shape, w.shape[0], x.dtype)
+    layer = new_tuple(Linear, (x, w, bias, inputs.shape, scores))
+    return layer, new_tuple(Labels, (entries_of(target), None, None)), total_weight
+
+
+def gradients(out, layer, labels, tuple wanted):
+    """Where those of such a layer go, if that is nowhere or plain arrays, all apart; else None."""
+    cdef cnp.ndarray array
+    cdef list taken = [x for x in (layer[0], layer[1], layer[2], labels[0]) if x is not None]
+    cdef list results = [None, None, None]
+    cdef tuple likes = (layer[1], layer[1], layer[0]), given = (None, None, None)
+    cdef int i, ndim
+    if out is not None:
+        if not isinstance(out, tuple) or len(out) != 3:
+            return None
+        given = tuple(out)
+    for i in range(3):
+        ndim = 1 if i == 1 else 2
+        if not wanted[i]:
+            if given[i] is not None:
+                return None
+            continue
+        if given[i] is None:
+            results[i] = empty(likes[i], ndim)
+            continue
+        if not is_like(given[i], likes[i], ndim):
+            return None
+        array = results[i] = given[i]
+        if not cnp.PyArray_ISCARRAY(array):
+            return None
+        for other in taken:
+            if not are_apart(array, other):
+                return None
+        taken.append(array)
+    return results
+
+
+cdef bint is_matrix(array):
+    """Whether these are plain rows of float32 or float64."""
+    cdef cnp.ndarray a
+    if type(array) is not cnp.ndarray:
+        return False
+    a = array
+    return (
+        (a.descr.type_num == cnp.NPY_FLOAT or a.descr.type_num == cnp.NPY_DOUBLE)
+        and cnp.PyArray_ISCARRAY_RO(a) and a.ndim == 2 and a.size > 0
+    )
+
+
+cdef bint is_like(array, cnp.ndarray like, int ndim):
+    """Whether this is a plain array of the dtype and, as far as `ndim`, the shape of another."""
+    cdef cnp.ndarray a
+    if type(array) is not cnp.ndarray:
+        return False
+    a = array
+    return (
+        a.descr.type_num == like.descr.type_num and a.ndim == ndim
+        and cnp.PyArray_CompareLists(a.shape, like.shape, ndim) and cnp.PyArray_ISCARRAY_RO(a)
+    )
 
 
 cdef bint is_small(array, axis, num_threads):
@@ -137,16 +217,11 @@ cdef bint may_write(out, cnp.ndarray like, int ndim):
     cdef cnp.ndarray a
     if out is None:
         return True
-    if type(out) is not cnp.ndarray:
+    if not is_like(out, like, ndim):
         return False
     a = out
-    return (
-        a.descr.type_num == like.descr.type_num and a.ndim == ndim
-        and cnp.PyArray_CompareLists(a.shape, like.shape, ndim) and cnp.PyArray_ISCARRAY(a)
-        and (
-            cnp.PyArray_BYTES(a) == cnp.PyArray_BYTES(like) and ndim == like.ndim
-            or are_apart(a, like)
-        )
+    return cnp.PyArray_ISCARRAY(a) and (
+        cnp.PyArray_BYTES(a) == cnp.PyArray_BYTES(like) and ndim == like.ndim or are_apart(a, like)
     )
 
 

@@ -11,7 +11,7 @@ from fastloss._contract import Backward, Loss, Map
 from fastloss._operations import OPERATIONS
 
 try:
-    from fastloss import _small
+    from fastloss import _small as _small
 except ImportError:  # not built: the general way is the only one
     _small = None  # type: ignore[assignment]
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastloss import _arguments, _backend, _blas, _threads
+from fastloss import _arguments, _backend, _blas, _threads, functional
 from fastloss._contract import Labels, Loss, Options
 from fastloss._crew import Crew, on_threads
 
@@ -248,6 +248,11 @@ label_smoothing, z_loss, reduction, normalizer, chunk_rows, backend, num_threads
     inputs_grad = _arguments.flag(inputs_grad, "inputs_grad")
     weight_grad = _arguments.flag(linear_weight_grad, "linear_weight_grad")
     accumulate = _arguments.flag(accumulate, "accumulate")
+    if plan.plain and functional._small and not accumulate:
+        wanted = (weight_grad, linear_bias is not None, inputs_grad)
+        if arrays := functional._small.gradients(out, plan.layer, plan.labels, wanted):
+            gradients = LinearGradients(*arrays)
+            return _run(plan, gradients), gradients
     outputs = _arguments.linear_outputs(
         out, plan.layer, weight_grad, inputs_grad, accumulate, plan.labels
     )
@@ -316,6 +321,7 @@ class _Plan(NamedTuple):
     parts: list[slice]  # of the classes, which go into gradients one by one
     wide_parts: list[slice]  # whose scores are one product
     threads: int
+    plain: bool  # whether arrays are, and were checked in compiled code
 
     @property
     def owners(self) -> int:
@@ -365,15 +371,22 @@ def _plan(
 ) -> _Plan:
     """Check everything, find the rows that count, and cut them up."""
     kernels = _backend.resolve(backend)
-    layer = _arguments.linear(inputs, linear_weight, linear_bias)
+    known = None
+    if functional._small:
+        known = functional._small.linear(
+            inputs, linear_weight, linear_bias, target, weight, sample_weight, options
+        )
+    layer = known[0] if known else _arguments.linear(inputs, linear_weight, linear_bias)
     reduced = _arguments.reduction(reduction, normalizer)
     penalty = _arguments.l2(l2, reduction)
     asked = _arguments.chunk_rows(chunk_rows)
     threads = _threads.threads_for(num_threads)
     if not _blas.can_be_held():
         threads = 1
-    labels, total_weight = _arguments.labels(
-        kernels, layer.scores, target, weight, sample_weight, options, 1
+    labels, total_weight = (
+        known[1:]
+        if known
+        else _arguments.labels(kernels, layer.scores, target, weight, sample_weight, options, 1)
     )
     divisor = reduced.divisor(total_weight)
     if divisor:
@@ -388,6 +401,7 @@ def _plan(
     return _Plan(
         layer, kernels.cross_entropy, labels, options, penalty, reduction, divisor, kept, count,
         block, chunk, parts, wide_parts, min(threads, -(-count // chunk) * len(parts)),
+        known is not None,
     )  # fmt: skip
 
 
@@ -440,13 +454,12 @@ def _run(plan: _Plan, gradients: LinearGradients, accumulate: bool = False) -> f
     if not accumulate:
         _clear(plan, gradients)
     run = _run_block if plan.is_one_block else _run_chunks
-    try:
-        _blas.one_thread.hold()
-        with np.errstate(all="ignore"):
-            losses = run(plan, gradients, accumulate)
-    finally:
-        _blas.one_thread.release()
     with np.errstate(all="ignore"):
+        try:
+            _blas.one_thread.hold()
+            losses = run(plan, gradients, accumulate)
+        finally:
+            _blas.one_thread.release()
         if gradients.linear_weight is not None and plan.l2:
             _add_penalty(gradients.linear_weight, plan.layer.weight, plan.l2)
         return _reduce(plan, *losses)
@@ -461,17 +474,22 @@ def _run_block(plan: _Plan, gradients: LinearGradients, accumulate: bool) -> _Lo
     if bias is not None:
         scores += bias
     sum_of_losses = _score(plan, rows, scores, losses, _any(gradients))
-    products = ((scores.T, x), (np.ones(len(x), x.dtype), scores), (scores, weight))
-    for total, (left, right) in zip(gradients, products, strict=True):
-        if total is None:
-            continue
-        if total is gradients.inputs and plan.kept is not None:
-            total[plan.kept] += left @ right
-        elif accumulate:
-            total += left @ right
-        else:
-            np.matmul(left, right, out=total)
+    if gradients.linear_weight is not None:
+        _put_product(gradients.linear_weight, scores.T, x, accumulate)
+    if gradients.linear_bias is not None:
+        _put_product(gradients.linear_bias, np.ones(len(x), x.dtype), scores, accumulate)
+    if gradients.inputs is not None and plan.kept is None:
+        _put_product(gradients.inputs, scores, weight, accumulate)
+    elif gradients.inputs is not None:
+        gradients.inputs[plan.kept] += scores @ weight
     return sum_of_losses, losses
+
+
+def _put_product(total: np.ndarray, left: np.ndarray, right: np.ndarray, onto: bool) -> None:
+    if onto:
+        total += left @ right
+    else:
+        np.matmul(left, right, out=total)
 
 
 def _run_chunks(plan: _Plan, gradients: LinearGradients, accumulate: bool) -> _Losses:
