@@ -10,7 +10,7 @@ from fastloss import functional, linear
 from fastloss._numba import entries
 from fastloss._operations import BY_FUNCTION
 
-FUNCTIONS = [name for name, operation in BY_FUNCTION.items() if operation.family != "backward"]
+FUNCTIONS = list(BY_FUNCTION)
 SHAPES = [(32, 10), (200, 3), (5, 1), (1, 7), (2, 3, 4), (6,), (0, 3), (3, 0), (8192, 4)]  # large
 
 
@@ -84,10 +84,16 @@ def draw(rnd):
             "sample_weight": (np.ones(shape[:-1]), 1.0),
             "normalizer": (2.0, 0.0, 2, np.inf, np.nan, 1e-310, np.float32(3)),
             "ignore_index": (-1, 1, -100.0, np.int64(-100), 1 << 70),
-            **{option: (value, 0, -0.0, "0", 7.0) for option, value in operation.options.items()},
         }
+        numbers = (0, -0.0, "0", 7.0, -1.0, np.nan, np.inf, np.float64(0.5))
+        for option, value in operation.options.items():
+            arguments[option] = pick(rnd.choice([0.0, 0.0, value]), *numbers)
         chosen = {option: pick(None, *others) for option, others in options.items()}
         arguments |= {option: value for option, value in chosen.items() if value is not None}
+    elif operation.family == "backward":
+        others = [x[..., :-1], x.astype("f8"), memory.reshape(-1)[1 : 1 + x.size].reshape(shape)]
+        g = pick(rnd.choice([memory[1], x]), *others)
+        arguments["grad_output"] = pick(same, *VIEWS)(g)
     elif operation.returns == "rows" and shape != (3, 0):
         out, outs = out[..., 0].copy(), [a[..., 0] for a in outs[:-1]]
     if (operation.family != "loss" or name.endswith("_with_grad")) and rnd.random() < 0.7:
@@ -239,13 +245,14 @@ def test_the_common_call_is_a_small_one(backend, answered, dtype, index):
     """Of every function that has a short way, with out and without."""
     x, y = np.zeros((32, 10), dtype), np.zeros(32, index)
     for name in FUNCTIONS:
-        arguments = (x, y) if BY_FUNCTION[name].family == "loss" else (x,)
+        arguments = {"loss": (x, y), "backward": (x, x), "map": (x,)}[BY_FUNCTION[name].family]
         getattr(fl, name)(*arguments, backend=backend)
     fl.softmax(x, 1, out=x, num_threads=2, backend=backend)
     fl.cross_entropy_with_grad(x, y, out=x, num_threads=2, backend=backend)
     fl.cross_entropy(x, y, reduction="sum", backend=backend)
     fl.cross_entropy(x, y, normalizer=64.0, backend=backend)
-    assert answered == [True] * (len(FUNCTIONS) + 4)
+    fl.cross_entropy(x, y, label_smoothing=0.1, z_loss=0.1, ignore_index=1, backend=backend)
+    assert answered == [True] * (len(FUNCTIONS) + 5)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -17,6 +17,16 @@ def map(
     num_threads: Any,
     /,
 ) -> np.ndarray | None: ...
+def backward(
+    name: str,
+    grad_output: Any,
+    forward: Any,
+    axis: Any,
+    out: Any,
+    backend: Any,
+    num_threads: Any,
+    /,
+) -> np.ndarray | None: ...
 def loss(
     name: str,
     scores: Any,

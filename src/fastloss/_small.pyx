@@ -3,10 +3,10 @@
 
 Where arrays are a few kilobytes a kernel takes less time than Python's checks of its arguments.
 What is common is quickly told: plain arrays of float32 or float64 in C order, classes along the
-last axis, no options but a divisor, one thread.  Such a call is answered here; of a linear head,
-only the checks.  Of any other, and of one with something wrong in it, the answer is None:
-`functional` and `linear` then go the general way, which knows all the rules and all the errors.
-This file has no rules of its own, and tests/test_small.py holds both ways to the same results.
+last axis, no weights, one thread.  Such a call is answered here; of a linear head, only the checks.
+Of any other, and of one with something wrong in it, the answer is None: `functional` and `linear`
+then go the general way, which knows all the rules and all the errors.  This file has no rules of
+its own, and tests/test_small.py holds both ways to the same results.
 """
 
 cimport numpy as cnp
@@ -23,7 +23,7 @@ cnp.import_array()
 cdef Py_ssize_t elements_of_many_threads = PARALLEL_ELEMENTS
 cdef dict defaults = Options._field_defaults
 cdef object no_options = Options()
-cdef int64_t ignored = no_options.ignore_index
+cdef object SMALLEST = -(1 << 63), LARGEST = (1 << 63) - 1
 cdef object new_tuple = tuple.__new__  # in a third of the time that a named one takes by name
 
 
@@ -44,6 +44,24 @@ def map(str name, bint by_row, logits, axis, out, backend, num_threads):
     return result
 
 
+def backward(str name, grad_output, forward, axis, out, backend, num_threads):
+    """What `functional._map_backward` answers to a small call; else None."""
+    cdef cnp.ndarray result
+    cdef int ndim
+    if not is_small(forward, axis, num_threads):
+        return None
+    ndim = (<cnp.ndarray>forward).ndim
+    if not (
+        is_like(grad_output, forward, ndim) and may_write(out, forward, ndim)
+        and may_write(out, grad_output, ndim)
+    ):
+        return None
+    kernels = resolve(backend)
+    result = empty(forward, ndim) if out is None else out
+    getattr(kernels, name)(rows_of(grad_output), rows_of(forward), rows_of(result), 1)
+    return result
+
+
 def loss(
     str name, scores, target, weight, sample_weight, dict options, reduction, normalizer, axis,
     backend, num_threads, bint with_grad, out,
@@ -51,16 +69,17 @@ def loss(
     """What `functional._loss` answers to a small call; else None."""
     cdef cnp.ndarray x, grad = None
     cdef double total_weight, divisor
+    chosen = plain_options(options)
     if not (
         weight is None and sample_weight is None and is_reduced(reduction, normalizer)
-        and are_defaults(options) and is_small(scores, axis, num_threads)
+        and chosen is not None and is_small(scores, axis, num_threads)
         and is_target(target, scores) and may_write(out, scores, (<cnp.ndarray>scores).ndim)
         and (out is None or are_apart(out, target))
     ):
         return None
     kernels = resolve(backend)
     x = rows_of(scores)
-    total_weight = count_of(target, x.shape[1])
+    total_weight = count_of(target, x.shape[1], chosen[0])
     if total_weight <= 0.0:
         return None
     labels = new_tuple(Labels, (entries_of(target), None, None))
@@ -71,7 +90,7 @@ def loss(
     if with_grad:
         grad = empty(scores, scores.ndim) if out is None else out
     total = getattr(kernels, name)(
-        x, labels, no_options, 1.0 / divisor, None, None if grad is None else rows_of(grad), 1
+        x, labels, chosen, 1.0 / divisor, None, None if grad is None else rows_of(grad), 1
     )
     return total / divisor, grad
 
@@ -81,7 +100,7 @@ def linear(inputs, linear_weight, bias, target, weight, sample_weight, options):
     cdef cnp.ndarray x, w
     cdef double total_weight
     if not (
-        weight is None and sample_weight is None and options == no_options
+        weight is None and sample_weight is None
         and is_matrix(inputs) and is_matrix(linear_weight)
     ):
         return None
@@ -91,7 +110,7 @@ def linear(inputs, linear_weight, bias, target, weight, sample_weight, options):
         and (bias is None or is_like(bias, w, 1)) and is_target(target, x)
     ):
         return None
-    total_weight = count_of(target, w.shape[0])
+    total_weight = count_of(target, w.shape[0], options[0])
     if total_weight <= 0.0:
         return None
     scores = scores_of(target.shape, w.shape[0], x.dtype)
@@ -192,21 +211,25 @@ ctypedef fused integer:
     int64_t
 
 
-cdef Py_ssize_t count(const integer* target, Py_ssize_t n, Py_ssize_t num_classes) noexcept:
+cdef Py_ssize_t count(
+    const integer* target, Py_ssize_t n, Py_ssize_t num_classes, int64_t ignored
+) noexcept:
     """The targets that are not ignored; -1 if one is out of range."""
     cdef Py_ssize_t i, used = 0
     for i in range(n):
-        if 0 <= target[i] < num_classes:
-            used += 1
-        elif target[i] != ignored:
+        if target[i] == ignored:
+            continue
+        if not 0 <= target[i] < num_classes:
             return -1
+        used += 1
     return used
 
 
-cdef Py_ssize_t count_of(cnp.ndarray target, Py_ssize_t num_classes) noexcept:
+cdef Py_ssize_t count_of(cnp.ndarray target, Py_ssize_t num_classes, int64_t ignored) noexcept:
+    cdef const void* data = cnp.PyArray_DATA(target)
     if target.itemsize == 4:
-        return count(<const int32_t*>cnp.PyArray_DATA(target), target.size, num_classes)
-    return count(<const int64_t*>cnp.PyArray_DATA(target), target.size, num_classes)
+        return count(<const int32_t*>data, target.size, num_classes, ignored)
+    return count(<const int64_t*>data, target.size, num_classes, ignored)
 
 
 cdef bint may_write(out, cnp.ndarray like, int ndim):
@@ -244,12 +267,23 @@ cdef bint is_reduced(reduction, normalizer):
     )
 
 
-cdef bint are_defaults(dict options):
+cdef object plain_options(dict options):
+    """The options, if they are plain numbers in their range; else None."""
+    cdef bint usual = True
     for name, value in options.items():
         default = defaults[name]
-        if type(value) is not type(default) or value != default:
-            return False
-    return True
+        if type(value) is not type(default):
+            return None
+        if value == default:
+            continue
+        usual = False
+        if type(value) is int and not SMALLEST <= value <= LARGEST:
+            return None
+        if type(value) is float and not (
+            0.0 <= <double>value < INFINITY and (name != "label_smoothing" or <double>value <= 1.0)
+        ):
+            return None
+    return no_options if usual else Options(**options)
 
 
 cdef cnp.ndarray empty(cnp.ndarray like, int ndim):

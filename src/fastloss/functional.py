@@ -258,6 +258,10 @@ def _map_backward(
     backend: str | None,
     num_threads: int | None,
 ) -> np.ndarray:
+    if _small:
+        answer = _small.backward(name, grad_output, forward, axis, out, backend, num_threads)
+        if answer is not None:
+            return answer
     kernels = _backend.resolve(backend)
     p = _arguments.logits(forward, axis, forward_name)
     g = _arguments.like_logits(grad_output, p, "grad_output", forward_name)
