@@ -1539,16 +1539,17 @@ AROUND = {
 OF_LOSSES = [
     *({"reduction": r} for r in ("sum", "none", "mea", None, np.str_("mean"))),
     *({"ignore_index": i} for i in (-1, 1, -100.0, np.int64(-100), "1", None, 1 << 70)),
-    *({"normalizer": n} for n in (2.0, 0.0, torch.tensor(3.0))),
+    *({"normalizer": n} for n in (2.0, 0.0, torch.tensor(3.0), torch.ones(()).requires_grad_())),
     *({"weight": w} for w in (torch.ones(4), torch.ones(3), torch.ones(4).requires_grad_(), [1.0])),
     {"sample_weight": torch.ones(5)}, {"sample_weight": torch.ones(5, device="meta")},
     {"size_average": True}, {"reduce": False}, {"size_average": False, "weight": torch.ones(4)},
 ]  # fmt: skip
+LEAF = torch.tensor(0.1, requires_grad=True)
 OF_CROSS_ENTROPY = [
     *(
         {name: value}
         for name in ("label_smoothing", "z_loss")
-        for value in (0, 0.1, -0.0, 2.0, -1.0, NAN, "0", None, True, torch.tensor(0.1))
+        for value in (0, 0.1, -0.0, 2.0, -1.0, NAN, "0", None, True, torch.tensor(0.1), LEAF)
     ),
     {"inplace": True}, {"fallback": True},
 ]  # fmt: skip
