@@ -206,9 +206,7 @@ cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
     job.group = job.summed = job.step = LANES
     job.row_step = C
     job.layout = TILES if C <= SHORT_ROW else ROWS if job.inner == 1 else COLUMNS
-    if job.inner == 1 and (
-        is_flat(job, operation) or (is_backward(operation) and not adds_as_rows(job))
-    ):
+    if job.inner == 1 and (is_flat(job, operation) or is_backward(operation)):
         job.layout = ROWS
     if is_nll(operation):
         job.numbers = 1
