@@ -48,7 +48,7 @@ ALONE = {
         "exp_tile_untamed", "take_units",
     },
     "Cython keeps whose each number of sixteen short rows is, Numba computes it": {
-        "begin_rows", "owners_of",
+        "begin_rows", "owners_of", "share_of_row",
     },
     "Numba must ask whether the processor has the permutes": {"can_permute"},
     "Cython begins scratch with a cache line where it takes it": {"from_line"},
@@ -56,8 +56,7 @@ ALONE = {
     "short rows are a layout in Cython, and a way to take a tile in Numba": {
         "is_short", "short_unit", "exp_rows_of_softmax", "divide_rows", "write_plain_rows",
     },
-    "backward functions of short rows are one run in Cython alone": {
-        "spread_sixteen", "backward_run", "backward_part", "terms_of_run", "finish_run",
+    "partial sums of a lane: Cython has chunks of them, or eight": {
         "parts_of", "part_of", "fold_row_parts",
     },
     "picked out one by one, where LLVM makes less of a mask": {"take_target_exps"},

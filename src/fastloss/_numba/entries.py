@@ -11,7 +11,7 @@ from numba import prange, types
 
 from fastloss import _threads
 from fastloss._contract import Labels, Options, TargetCheck
-from fastloss._numba.backward import backward_rows, backward_tile
+from fastloss._numba.backward import backward_rows, backward_run, backward_tile
 from fastloss._numba.columns import load_columns, rows_of, rows_to, store_columns, turned_numbers
 from fastloss._numba.jit import entry, inline, spliced, typed
 from fastloss._numba.losses import (
@@ -260,6 +260,12 @@ def backward_share(g, p, out, plan, tiles, rows, turned, turned_g, fields, units
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
+        if tiles is not None:
+            kept = tile[STEP:]
+            if plan.inner == 1 and backward_run(
+                g, p, out, r, kept, buffer, upstreams, first, last - first, plan
+            ):
+                continue
         load_unit(
             p, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
         )

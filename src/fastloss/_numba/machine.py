@@ -186,51 +186,72 @@ def can_permute(typing_context, like):
     return types.boolean(like), lambda *_: ir.IntType(1)(able)
 
 
-@intrinsic
-def scale_sixteen(typing_context, e, start, n, share, f, first, to):
-    """16 rows of n numbers, at most SHORT_ROW, from e[start] on, to the same place of `to`.
+def _sixteen(to, inputs, step):
+    """16 rows of n numbers, at most SHORT_ROW, from to[start] on: in one run, step(builder, number
+    of source, factors of its row).
 
-    The first row times f[first], the next times the next, in one run: a vector of numbers takes
-    its factors from a vector of rows.  Number i is of row i / n, which is i * share / 2**24, share
-    being 2**24 / n rounded up.
+    Inputs are the source, in the same places, and factors, those of the first row at `first`. A
+    vector of numbers takes its factors from a vector of rows. Number i is of row i / n, which is
+    i * share / 2**24, share being 2**24 / n rounded up.
     """
-    count = max((count for dtype, count in _permute if dtype == e.dtype), default=0)
+    count = max((count for dtype, count in _permute if dtype == to.dtype), default=0)
 
     def generate(context, builder, signature, arguments):
-        e_type, _, _, _, f_type, _, to_type = signature.args
-        e, start, n, share, f, first, to = arguments
         if not count:
             return context.get_dummy_value()
-        _, scalar, vector = _vector_at(context, builder, e_type, e, start, count)
+        array_types = [array for array in signature.args if array != types.intp]
+        to, start, n, share, first, *inputs = arguments
+
+        def place_of(which, index):
+            return _vector_at(
+                context, builder, array_types[which], [to, *inputs][which], index, count
+            )[0]
+
+        _, scalar, vector = _vector_at(context, builder, array_types[0], to, start, count)
         size = context.get_abi_sizeof(scalar)
         numbers = _numbers(size, count)
         permute = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(vector, [vector, numbers.type]),
-            _permute[e_type.dtype, count],
+            _permute[array_types[0].dtype, count],
         )  # fmt: skip
         shift = _splat(builder, ir.Constant(numbers.type.element, 24), count)
         shares = _splat(builder, _narrow(builder, share, size), count)
         own = builder.mul(numbers, shares)
-        step = builder.mul(shares, _splat(builder, numbers.type.element(count), count))
+        later = builder.mul(shares, _splat(builder, numbers.type.element(count), count))
         for group in range(0, STEP, count):
             group = ir.Constant(n.type, group)
-            place, _, _ = _vector_at(context, builder, f_type, f, builder.add(first, group), count)
-            factors = builder.load(place, align=size)
+            row = builder.add(first, group)
+            factors = [
+                builder.load(place_of(which, row), align=size)
+                for which in range(2, len(array_types))
+            ]
             begin = builder.add(start, builder.mul(group, n))
             owner = cgutils.alloca_once_value(builder, own)
             with cgutils.for_range(builder, n) as loop:
                 i = builder.add(begin, builder.mul(loop.index, ir.Constant(n.type, count)))
-                source, _, _ = _vector_at(context, builder, e_type, e, i, count)
-                target, _, _ = _vector_at(context, builder, to_type, to, i, count)
                 owners = builder.load(owner)
-                each = builder.call(permute, [factors, builder.lshr(owners, shift)])
-                product = builder.fmul(builder.load(source, align=size), each)
-                builder.store(product, target, align=size)
-                builder.store(builder.add(owners, step), owner)
+                each = [
+                    builder.call(permute, [factor, builder.lshr(owners, shift)])
+                    for factor in factors
+                ]
+                source = builder.load(place_of(1, i), align=size)
+                builder.store(step(builder, source, *each), place_of(0, i), align=size)
+                builder.store(builder.add(owners, later), owner)
         return context.get_dummy_value()
 
-    index = types.intp
-    return types.none(e, index, index, index, f, index, to), generate
+    return types.none(to, *4 * (types.intp,), *inputs), generate
+
+
+@intrinsic
+def scale_sixteen(typing_context, to, start, n, share, first, e, f):
+    """Sixteen rows of n numbers times a factor each."""
+    return _sixteen(to, (e, f), lambda builder, e, f: builder.fmul(e, f))
+
+
+@intrinsic
+def spread_sixteen(typing_context, to, start, n, share, first, e, f):
+    """Sixteen rows of n numbers, each its factor."""
+    return _sixteen(to, (e, f), lambda builder, e, f: f)
 
 
 @intrinsic

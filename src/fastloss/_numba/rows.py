@@ -211,6 +211,12 @@ def narrow_factor(e, factor):
 
 
 @inline
+def share_of_row(num_classes):
+    """What scale_sixteen and its like know a row by."""
+    return (1 << 24) // num_classes + 1
+
+
+@inline
 def scale_rows(kept, r, n, num_classes, scaled):
     """Times FACTOR."""
     f = lanes(kept)
@@ -224,9 +230,9 @@ def scale_rows(kept, r, n, num_classes, scaled):
             start = i * num_classes
             f[i] = narrow_factor(kept[start : start + num_classes], r[FACTOR + i])
     if can_permute(kept) and num_classes <= SHORT_ROW:
-        share = (1 << 24) // num_classes + 1
+        share = share_of_row(num_classes)
         for i in range(0, n, STEP):
-            scale_sixteen(kept, i * num_classes, num_classes, share, f, i, scaled)
+            scale_sixteen(scaled, i * num_classes, num_classes, share, i, kept, f)
         return
     for i in range(n):
         start = i * num_classes

@@ -10,6 +10,7 @@ EIGHT = 8  # rows of at most SHORT_ROW classes are added up in as many parts
 RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
 SHORT_ROW = 300  # rows of at most so many classes go into tiles
 GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
+CACHED = 3072  # elements of short rows that are gone through twice, in three arrays
 TURN = 16  # classes of columns that are turned into rows at a time
 TURNED = 1 << 24  # elements of the columns that make up one unit of work, at most LANES of them
 PIECE = 32768  # classes of a long row that are worth a thread of their own
