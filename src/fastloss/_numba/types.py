@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from fastloss._numba.jit import inline
+
 LANES = 64  # samples in a tile
 CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
 STEP = 16  # classes of a short row that are taken at a time
@@ -35,6 +37,13 @@ ROWS, TILES, COLUMNS = range(3)
     SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, SOFTMAX_BACKWARD, LOG_SOFTMAX_BACKWARD, CROSS_ENTROPY,
     CROSS_ENTROPY_SOFT, NLL,
 ) = range(8)  # fmt: skip
+
+
+@inline
+def is_log(operation):
+    """Whether rows are told by their maximum, and by the sum of the others over it."""
+    return operation in (LOG_SOFTMAX, LOGSUMEXP)
+
 
 # The stages of rows that threads share.
 FIRST, COMMON_UNITS, MAXIMA, OWN_UNITS, WRITE, DONE = range(6)
