@@ -425,13 +425,17 @@ FL_SUM_ROWS(fl_sum_rows_d, double, int64_t)
         memcpy(top, t, sizeof t[0]); \
     }
 #if defined(FL_SHUFFLE) && defined(__AVX__)
+#define FL_TOP_f 1 /* whether fl_top_rows_f is quick */
 FL_TOP_VECTORS(f, float, int32_t, __m256, _mm256_min_ps, _mm256_max_ps)
 #else
+#define FL_TOP_f 0
 FL_TOP_LOOPS(f, float)
 #endif
 #if defined(FL_SHUFFLE) && defined(__AVX512F__)
+#define FL_TOP_d 1
 FL_TOP_VECTORS(d, double, int64_t, __m512d, _mm512_min_pd, _mm512_max_pd)
 #else
+#define FL_TOP_d 0
 FL_TOP_LOOPS(d, double)
 #endif
 

@@ -5,6 +5,8 @@ cdef extern from "machine.h":
         FL_OPENMP
         FL_IEEE_MODE
         FL_ROWS
+        FL_TOP_f
+        FL_TOP_d
     int fl_max_threads() noexcept nogil
     int fl_thread_limit() noexcept nogil
     int fl_cpu_runs(int level) noexcept nogil

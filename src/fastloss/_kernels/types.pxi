@@ -138,6 +138,8 @@ cdef inline bint needs_maximum(const Job* job, Operation operation) noexcept nog
 
 cdef inline bint is_flat(const Job* job, Operation operation) noexcept nogil:
     """Whether exponentials are taken in common units, wherever a row ends."""
+    if is_log(operation) and not adds_as_rows(job):
+        return FL_TOP_d if job.storage == FLOAT64 else FL_TOP_f
     return operation == SOFTMAX or is_log(operation) or (
         operation == CROSS_ENTROPY and not needs_maximum(job, operation))
 
