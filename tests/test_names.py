@@ -14,7 +14,7 @@ ALONE = {
     "C has the function, or Cython a pointer, where Numba needs code of its own": {
         "borrow", "as_input", "lanes", "eight_lanes", "prefetch", "stream_line", "end_stream",
         "set_float_mode", "load_index", "convert_half", "call_share", "unless_none", "load_one",
-        "load_into", "copy", "largest_lane",
+        "load_into", "copy", "largest_lane", "fold_top",
     },
     "arrays know their size and type, and slices where they begin; pointers do not": {
         "itemsize", "blocks_in", "row_of", "weight_of", "tile_of", "other_tile_of", "turned_of",
@@ -44,20 +44,21 @@ ALONE = {
     },
     "GCC makes one instruction of a bound only if it does not know it": {"bound"},
     "Cython looks for maxima first where the rows before needed them": {
-        "hopeless_of", "is_hopeless", "are_hopeless", "untamed_of", "take_maxima",
+        "hopeless_of", "is_hopeless", "are_hopeless", "find_hopeless", "untamed_of", "take_maxima",
         "exp_tile_untamed", "take_units",
     },
     "Cython keeps whose each number of sixteen short rows is, Numba computes it": {
-        "begin_rows", "owners_of",
+        "begin_rows", "owners_of", "share_of_row",
     },
     "Numba must ask whether the processor has the permutes": {"can_permute"},
     "Cython begins scratch with a cache line where it takes it": {"from_line"},
     "targets of all rows at once, where Cython goes row by row": {"places_of", "put_left_out"},
     "short rows are a layout in Cython, and a way to take a tile in Numba": {
         "is_short", "short_unit", "exp_rows_of_softmax", "divide_rows", "write_plain_rows",
+        "log_softmax_run", "find_untamed_by_top",
     },
-    "backward functions of short rows are one run in Cython alone": {
-        "spread_sixteen", "backward_run", "backward_part", "terms_of_run", "finish_run",
+    "what blocks are reduced to lies field by field in Numba": {"sum_of_blocks"},
+    "partial sums of a lane: Cython has chunks of them, or eight": {
         "parts_of", "part_of", "fold_row_parts",
     },
     "picked out one by one, where LLVM makes less of a mask": {"take_target_exps"},

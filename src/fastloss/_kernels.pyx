@@ -29,11 +29,13 @@ Where smoothing or soft targets ask how far all scores are from the maximum, row
 units.
 
 The sum leaves one class out (the target, or the maximum), which is what makes small losses exact.
-Where units are common, others are related to the target itself: a loss is log1p(others / e_y).
+Where units are common, others are related to the target itself: a loss is log1p(others / e_y). Of
+log_softmax, partial sums leave out their largest term, which goes along with each: the largest of
+all is the maximum's, whichever class that is.
 0 * inf counts as 0.
 
-The hot loops are those over CHUNK or LANES in largest, exp_run, exp_block, exp_tile, write_tile and
-transpose, sum_eight, scale_sixteen and spread_sixteen, and those of scale_row, terms_of_run,
+The hot loops are those over CHUNK or LANES in largest, exp_run, exp_block, top_block, exp_tile,
+write_tile and transpose, sum_eight, top_eight, shift_sixteen, scale_sixteen and spread_sixteen, and those of scale_row, terms_of_run,
 finish_run, plain_step and cross_entropy_step.
 In the assembly (objdump -d) they must be straight runs of packed instructions, zmm registers in the
 v4 build and ymm in v3, without a call, a scalar instruction or a gather.  exp_run is bound by its
@@ -206,9 +208,7 @@ cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
     job.group = job.summed = job.step = LANES
     job.row_step = C
     job.layout = TILES if C <= SHORT_ROW else ROWS if job.inner == 1 else COLUMNS
-    if job.inner == 1 and (
-        is_flat(job, operation) or (is_backward(operation) and not adds_as_rows(job))
-    ):
+    if job.inner == 1 and (is_flat(job, operation) or is_backward(operation)):
         job.layout = ROWS
     if is_nll(operation):
         job.numbers = 1
@@ -224,6 +224,7 @@ cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
         job.group = job.summed
         job.numbers = row_numbers(job)
         if is_short(job):
+            job.numbers += job.summed * C + CHUNK  # scores of log_softmax_rows
             job.numbers = max(job.numbers, tile_numbers(job)) + FL_ROWS * C
         if job.layout == COLUMNS:
             columns = <Py_ssize_t>TURNED // C // TURN * TURN

@@ -3,8 +3,8 @@
 # taken anew, in float64 and in units of 1 / HUGE_UNIT.
 
 cdef inline real reference_above(real maximum) noexcept nogil:
-    """Log-probabilities are at most 0, but the formulas hold for any: a reference for both."""
-    return maximum if maximum > 0 else <real>0.0
+    """Log-probabilities are at most 0, but the formulas hold for any: a reference for all."""
+    return maximum if maximum > highest_of(maximum) else <real>0.0
 
 
 cdef inline double unit_of(real m) noexcept nogil:
@@ -127,7 +127,7 @@ cdef bint backward_run(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
     """Short rows as one run. False, and nothing done, if one asks for a scale of its own: by its
-    sum or, of log-probabilities, by one above 0."""
+    sum or, of log-probabilities, by a large one."""
     cdef real* kept = scratch + 2 * BLOCK
     cdef Py_ssize_t C = job.num_classes, i, first = unit * job.group, n = rows_in_unit(job, unit)
     cdef Py_ssize_t rows = LANES if LANES * C <= CACHED else 16
@@ -168,7 +168,7 @@ cdef bint backward_part(
 cdef inline bint terms_of_run(
     const Job* job, Operation operation, Py_ssize_t start, Py_ssize_t n, real* terms, real* scratch
 ) noexcept nogil:
-    """What is summed up; False if a log-probability is above 0."""
+    """What is summed up; False if a log-probability asks for a reference."""
     cdef const real* p
     cdef const real* g
     cdef Py_ssize_t b, c, j, width
@@ -180,7 +180,7 @@ cdef inline bint terms_of_run(
         if operation == SOFTMAX_BACKWARD:
             for j in range(width):
                 terms[c + j] = g[j] * p[j]
-        elif largest(p, width) > 0:
+        elif reference_above(largest(p, width)) != 0:
             return False
         else:
             memcpy(terms + c, g, width * sizeof(real))
@@ -242,7 +242,7 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
             maximum[j] = reference_above(maximum[j])
     for j in range(LANES):
         huge |= is_huge(total[j], f[j])
-        above |= maximum[j] > 0
+        above |= maximum[j] != 0
     for j in range(LANES if huge else 0):
         if is_huge(total[j], f[j]):
             # The result takes the place of g, and what follows leaves that alone.

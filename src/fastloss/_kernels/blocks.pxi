@@ -61,6 +61,10 @@ cdef inline real below(real x, real highest) noexcept nogil:
     return fl_smaller_f(highest, x) if real is float else fl_smaller_d(highest, x)
 
 
+cdef inline real above(real x, real least) noexcept nogil:
+    return fl_larger_f(x, least) if real is float else fl_larger_d(x, least)
+
+
 cdef inline void exp_run(
     const real* x, Py_ssize_t n, real* e, const char* later, Py_ssize_t step
 ) noexcept nogil:
@@ -126,6 +130,51 @@ cdef inline double exp_block(
         else:
             memcpy(e + i, value, (n - i) * sizeof(real))
     return fold(lane)
+
+
+cdef inline void top_block(
+    const real* x, Py_ssize_t n, real pivot, real magic, real highest, Block* found,
+    const char* later, Py_ssize_t step,
+) noexcept nogil:
+    """The maximum; of the exponentials the largest, and the sum of the others.
+
+    Meanwhile memory is fetched, as in exp_block.
+    """
+    cdef real lane[CHUNK]
+    cdef real top[CHUNK]
+    cdef real m[CHUNK]
+    cdef real value[CHUNK]
+    cdef real rest[CHUNK]
+    cdef real lowest = bound(lowest_of(magic)), total
+    cdef const real* source
+    cdef Py_ssize_t chunk, j, whole = n // CHUNK
+    pad(x + whole * CHUNK, n - whole * CHUNK, -1, rest)
+    for j in range(CHUNK):
+        lane[j] = top[j] = 0
+        m[j] = <real>-INFINITY
+    for chunk in range((n + CHUNK - 1) // CHUNK):
+        source = x + chunk * CHUNK
+        if chunk == whole:
+            source = rest
+        fetch(later + chunk * step, step)
+        for j in range(CHUNK):
+            m[j] = above(source[j], m[j])
+        for j in range(CHUNK):
+            value[j] = below(source[j], highest)
+        for j in range(CHUNK):
+            value[j] = exponential(value[j], pivot, magic, lowest)
+        for j in range(CHUNK):
+            lane[j] += below(value[j], top[j])
+        for j in range(CHUNK):
+            top[j] = above(value[j], top[j])
+    if real is float:
+        total = fl_fold_top_f(lane, top, rest)
+        found.maximum = fl_max_f(m)
+    else:
+        total = fl_fold_top_d(lane, top, rest)
+        found.maximum = fl_max_d(m)
+    found.sum = total
+    found.top = rest[0]
 
 
 cdef inline double fold(const real* lane) noexcept nogil:

@@ -188,37 +188,22 @@ static inline void fl_end_stream(void) {
 #endif
 #endif
 
-/* The sum, in float64, and the maximum (NaN left aside) of 32 numbers, in a fixed order. */
+/* The sum of 32 numbers, in float64 and in a fixed order. */
 #if defined(FL_SHUFFLE)
-#define FL_RAISE(SUM, a, b) \
-    (a) = (SUM##_v)((((b) > (a)) & (SUM##_i)(b)) | (~((b) > (a)) & (SUM##_i)(a)))
-#define FL_FOLD(SUM, MAX, REAL, INT) \
-    typedef REAL SUM##_v __attribute__((vector_size(8 * sizeof(REAL)))); \
-    typedef INT SUM##_i __attribute__((vector_size(8 * sizeof(REAL)))); \
+#define FL_FOLD(SUM, REAL) \
     static inline double SUM(const REAL* lane) { \
+        typedef REAL narrow __attribute__((vector_size(8 * sizeof(REAL)))); \
         typedef double wide __attribute__((vector_size(64))); \
-        SUM##_v a[4]; \
+        narrow a[4]; \
         memcpy(a, lane, sizeof a); \
         wide s = (__builtin_convertvector(a[0], wide) + __builtin_convertvector(a[1], wide)) + \
                  (__builtin_convertvector(a[2], wide) + __builtin_convertvector(a[3], wide)); \
         s += FL_SHUFFLE(s, s, 4, 5, 6, 7, 0, 1, 2, 3); \
         s += FL_SHUFFLE(s, s, 2, 3, 0, 1, 6, 7, 4, 5); \
         return s[0] + s[1]; \
-    } \
-    static inline REAL MAX(const REAL* lane) { \
-        SUM##_v a[4], b; \
-        memcpy(a, lane, sizeof a); \
-        FL_RAISE(SUM, a[0], a[1]); \
-        FL_RAISE(SUM, a[2], a[3]); \
-        FL_RAISE(SUM, a[0], a[2]); \
-        b = FL_SHUFFLE(a[0], a[0], 4, 5, 6, 7, 0, 1, 2, 3); \
-        FL_RAISE(SUM, a[0], b); \
-        b = FL_SHUFFLE(a[0], a[0], 2, 3, 0, 1, 6, 7, 4, 5); \
-        FL_RAISE(SUM, a[0], b); \
-        return a[0][0] > a[0][1] ? a[0][0] : a[0][1]; \
     }
 #else
-#define FL_FOLD(SUM, MAX, REAL, INT) \
+#define FL_FOLD(SUM, REAL) \
     static inline double SUM(const REAL* lane) { \
         double s[8]; \
         for (int j = 0; j < 8; j++) \
@@ -226,15 +211,10 @@ static inline void fl_end_stream(void) {
         for (int half = 4; half > 0; half /= 2) \
             for (int j = 0; j < half; j++) s[j] += s[j + half]; \
         return s[0]; \
-    } \
-    static inline REAL MAX(const REAL* lane) { \
-        REAL m = lane[0]; \
-        for (int j = 1; j < 32; j++) m = lane[j] > m ? lane[j] : m; \
-        return m; \
     }
 #endif
-FL_FOLD(fl_sum_f, fl_max_f, float, int32_t)
-FL_FOLD(fl_sum_d, fl_max_d, double, int64_t)
+FL_FOLD(fl_sum_f, float)
+FL_FOLD(fl_sum_d, double)
 
 /* Eight runs of eight numbers, transposed: to[i][j] = from[j][i]. */
 #if defined(FL_SHUFFLE)
@@ -316,37 +296,190 @@ FL_TRANSPOSE(fl_transpose_d, double)
 FL_SUM_ROWS(fl_sum_rows_f, float, int32_t)
 FL_SUM_ROWS(fl_sum_rows_d, double, int64_t)
 
-/* Rows of n numbers that follow each other, in one run: times a factor each, or all replaced by it;
-   owner says whose each number of FL_ROWS rows is. */
-#define FL_ROWS 16
-#define FL_EACH_ROW(NAME, REAL, ROWS, STEP) \
-    static inline void NAME(REAL* rows, ptrdiff_t n, const REAL* factor, const int32_t* owner) { \
-        for (int i = 0; i < FL_ROWS; i += ROWS, rows += ROWS * n, factor += ROWS) \
-            for (ptrdiff_t c = 0; c < n; c++) { STEP; } \
+/* Maxima (NaN left aside), and sums without their largest term, s, that go with this, t, as a pair:
+   others are added by pairs, too. No term is negative; NaN gets into s. Of 32 numbers or pairs, and
+   of eight rows as above, by halves. */
+#define FL_HALVES(STEP, n) \
+    for (int half = (n) / 2; half > 0; half /= 2) \
+        for (int j = 0; j < half; j++) STEP
+#define FL_RAISE(m, x) (m) = (x) > (m) ? (x) : (m)
+#define FL_ADD_PAIR(s, t, other_s, other_t) \
+    do { \
+        (s) = ((s) + (other_s)) + ((t) < (other_t) ? (t) : (other_t)); \
+        FL_RAISE(t, other_t); \
+    } while (0)
+#define FL_TOP_LOOPS(TYPE, REAL) \
+    static inline REAL fl_max_##TYPE(const REAL* lane) { \
+        REAL m[32]; \
+        memcpy(m, lane, sizeof m); \
+        FL_HALVES(FL_RAISE(m[j], m[j + half]), 32); \
+        return m[0]; \
+    } \
+    static inline REAL fl_fold_top_##TYPE(const REAL* others, const REAL* tops, REAL* top) { \
+        REAL s[32], t[32]; \
+        memcpy(s, others, sizeof s); \
+        memcpy(t, tops, sizeof t); \
+        FL_HALVES(FL_ADD_PAIR(s[j], t[j], s[j + half], t[j + half]), 32); \
+        *top = t[0]; \
+        return s[0]; \
+    } \
+    static inline void fl_top_rows_##TYPE(const REAL* x, const REAL* e, ptrdiff_t n, \
+                                          REAL* maximum, REAL* others, REAL* top) { \
+        for (int i = 0; i < 8; i++, x += n, e += n) { \
+            REAL m[8], s[8] = {0}, t[8] = {0}; \
+            ptrdiff_t c = (n - 1) % 8 + 1; \
+            for (int j = 0; j < 8; j++) m[j] = -(REAL)INFINITY; \
+            for (ptrdiff_t j = 8 - c; j < 8; j++) { \
+                FL_RAISE(m[j], x[j + c - 8]); \
+                FL_ADD_PAIR(s[j], t[j], 0, e[j + c - 8]); \
+            } \
+            for (; c < n; c += 8) { \
+                for (int j = 0; j < 8; j++) FL_RAISE(m[j], x[c + j]); \
+                for (int j = 0; j < 8; j++) FL_ADD_PAIR(s[j], t[j], 0, e[c + j]); \
+            } \
+            FL_HALVES(FL_RAISE(m[j], m[j + half]), 8); \
+            FL_HALVES(FL_ADD_PAIR(s[j], t[j], s[j + half], t[j + half]), 8); \
+            maximum[i] = m[0]; \
+            others[i] = s[0]; \
+            top[i] = t[0]; \
+        } \
     }
-#define FL_OF_ROWS(TYPE, REAL, ROWS, LOAD, MULTIPLY, STORE, FACTOR) \
-    FL_EACH_ROW(fl_scale_rows_##TYPE, REAL, ROWS, \
-                STORE(rows + c * ROWS, MULTIPLY(LOAD(rows + c * ROWS), FACTOR))) \
-    FL_EACH_ROW(fl_spread_rows_##TYPE, REAL, ROWS, STORE(rows + c * ROWS, FACTOR))
-#define FL_ONE_ROW(TYPE, REAL) \
-    FL_EACH_ROW(fl_scale_rows_##TYPE, REAL, 1, rows[c] *= factor[0]) \
-    FL_EACH_ROW(fl_spread_rows_##TYPE, REAL, 1, rows[c] = factor[0])
-#if defined(__AVX512F__)
-FL_OF_ROWS(f, float, 16, _mm512_loadu_ps, _mm512_mul_ps, _mm512_storeu_ps,
-           _mm512_permutexvar_ps(_mm512_loadu_si512(owner + c * 16), _mm512_loadu_ps(factor)))
-FL_OF_ROWS(d, double, 8, _mm512_loadu_pd, _mm512_mul_pd, _mm512_storeu_pd,
-           _mm512_permutexvar_pd(
-               _mm512_cvtepi32_epi64(_mm256_loadu_si256((const __m256i*)(owner + c * 8))),
-               _mm512_loadu_pd(factor)))
+/* As these loops, where vectors of eight are registers. Of a NaN e, MIN(t, e) is that. */
+#define FL_ADD_PAIRS(V, MIN, MAX, s, t, other_s, other_t) \
+    do { \
+        V added = (other_s), tried = (other_t); \
+        (s) = ((s) + added) + MIN(t, tried); \
+        (t) = MAX(tried, t); \
+    } while (0)
+#define FL_ADD_SHUFFLED(V, MIN, MAX, ...) \
+    FL_ADD_PAIRS(V, MIN, MAX, s[0], t[0], FL_SHUFFLE(s[0], s[0], __VA_ARGS__), \
+                 FL_SHUFFLE(t[0], t[0], __VA_ARGS__))
+#define FL_JOIN_MAXIMA(V, MIN, MAX, i, j, k, LOW, HIGH) \
+    t[i] = MAX(FL_SHUFFLE(t[j], t[k], HIGH), FL_SHUFFLE(t[j], t[k], LOW))
+#define FL_JOIN_PAIRS(V, MIN, MAX, i, j, k, LOW, HIGH) \
+    do { \
+        V low = FL_SHUFFLE(s[j], s[k], LOW), top_low = FL_SHUFFLE(t[j], t[k], LOW); \
+        FL_ADD_PAIRS(V, MIN, MAX, low, top_low, FL_SHUFFLE(s[j], s[k], HIGH), \
+                     FL_SHUFFLE(t[j], t[k], HIGH)); \
+        s[i] = low; \
+        t[i] = top_low; \
+    } while (0)
+#define FL_LOW_4 0, 1, 2, 3, 8, 9, 10, 11
+#define FL_HIGH_4 4, 5, 6, 7, 12, 13, 14, 15
+#define FL_LOW_2 0, 1, 8, 9, 4, 5, 12, 13
+#define FL_HIGH_2 2, 3, 10, 11, 6, 7, 14, 15
+#define FL_LOW_1 0, 2, 8, 10, 4, 6, 12, 14
+#define FL_HIGH_1 1, 3, 9, 11, 5, 7, 13, 15
+#define FL_EIGHT_ROWS(V, MIN, MAX, from, nothing, ADD, JOIN) \
+    for (int i = 0; i < 8; i++) { \
+        memcpy(&first, from + i * n + start - 8, sizeof first); \
+        b = (V)((first & kept) | (~kept & (bits)nothing)); \
+        s[i] = zero; \
+        t[i] = nothing; \
+        ADD; \
+    } \
+    for (ptrdiff_t c = start; c < n; c += 8) \
+        for (int i = 0; i < 8; i++) { \
+            memcpy(&b, from + i * n + c, sizeof b); \
+            ADD; \
+        } \
+    for (int i = 0; i < 4; i++) JOIN(V, MIN, MAX, i, i, i + 4, FL_LOW_4, FL_HIGH_4); \
+    for (int i = 0; i < 2; i++) JOIN(V, MIN, MAX, i, 2 * i, 2 * i + 1, FL_LOW_2, FL_HIGH_2); \
+    JOIN(V, MIN, MAX, 0, 0, 1, FL_LOW_1, FL_HIGH_1)
+#define FL_TOP_VECTORS(TYPE, REAL, INT, V, MIN, MAX) \
+    static inline REAL fl_max_##TYPE(const REAL* lane) { \
+        V a[4]; \
+        memcpy(a, lane, sizeof a); \
+        a[0] = MAX(MAX(a[0], a[2]), MAX(a[1], a[3])); \
+        a[0] = MAX(a[0], FL_SHUFFLE(a[0], a[0], 4, 5, 6, 7, 0, 1, 2, 3)); \
+        a[0] = MAX(a[0], FL_SHUFFLE(a[0], a[0], 2, 3, 0, 1, 6, 7, 4, 5)); \
+        return a[0][0] > a[0][1] ? a[0][0] : a[0][1]; \
+    } \
+    static inline REAL fl_fold_top_##TYPE(const REAL* others, const REAL* tops, REAL* top) { \
+        V s[4], t[4]; \
+        memcpy(s, others, sizeof s); \
+        memcpy(t, tops, sizeof t); \
+        FL_ADD_PAIRS(V, MIN, MAX, s[0], t[0], s[2], t[2]); \
+        FL_ADD_PAIRS(V, MIN, MAX, s[1], t[1], s[3], t[3]); \
+        FL_ADD_PAIRS(V, MIN, MAX, s[0], t[0], s[1], t[1]); \
+        FL_ADD_SHUFFLED(V, MIN, MAX, 4, 5, 6, 7, 0, 1, 2, 3); \
+        FL_ADD_SHUFFLED(V, MIN, MAX, 2, 3, 0, 1, 6, 7, 4, 5); \
+        FL_ADD_SHUFFLED(V, MIN, MAX, 1, 0, 3, 2, 5, 4, 7, 6); \
+        *top = t[0][0]; \
+        return s[0][0]; \
+    } \
+    static inline void fl_top_rows_##TYPE(const REAL* x, const REAL* e, ptrdiff_t n, \
+                                          REAL* maximum, REAL* others, REAL* top) { \
+        typedef INT bits __attribute__((vector_size(8 * sizeof(INT)))); \
+        static const INT keep[16] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1}; \
+        const V zero = {0}, lowest = zero - (REAL)INFINITY; \
+        V s[8], t[8], b; \
+        bits first, kept; \
+        ptrdiff_t start = (n - 1) % 8 + 1; \
+        memcpy(&kept, keep + start, sizeof kept); \
+        FL_EIGHT_ROWS(V, MIN, MAX, x, lowest, t[i] = MAX(b, t[i]), FL_JOIN_MAXIMA); \
+        memcpy(maximum, t, sizeof t[0]); \
+        FL_EIGHT_ROWS(V, MIN, MAX, e, zero, (s[i] += MIN(t[i], b), t[i] = MAX(b, t[i])), \
+                      FL_JOIN_PAIRS); \
+        memcpy(others, s, sizeof s[0]); \
+        memcpy(top, t, sizeof t[0]); \
+    }
+#if defined(FL_SHUFFLE) && defined(__AVX__)
+#define FL_TOP_f 1 /* whether fl_top_rows_f is quick */
+FL_TOP_VECTORS(f, float, int32_t, __m256, _mm256_min_ps, _mm256_max_ps)
 #else
-#if defined(__AVX2__)
-FL_OF_ROWS(f, float, 8, _mm256_loadu_ps, _mm256_mul_ps, _mm256_storeu_ps,
-           _mm256_permutevar8x32_ps(_mm256_loadu_ps(factor),
-                                    _mm256_loadu_si256((const __m256i*)(owner + c * 8))))
-#else
-FL_ONE_ROW(f, float)
+#define FL_TOP_f 0
+FL_TOP_LOOPS(f, float)
 #endif
-FL_ONE_ROW(d, double)
+#if defined(FL_SHUFFLE) && defined(__AVX512F__)
+#define FL_TOP_d 1
+FL_TOP_VECTORS(d, double, int64_t, __m512d, _mm512_min_pd, _mm512_max_pd)
+#else
+#define FL_TOP_d 0
+FL_TOP_LOOPS(d, double)
+#endif
+
+/* Rows of n numbers that follow each other, in one run: times a factor each, all replaced by it, or
+   less two such; owner says whose each number of FL_ROWS rows is. */
+#define FL_ROWS 16
+#define FL_EACH_ROW(ROWS, STEP) \
+    for (int i = 0; i < FL_ROWS; i += ROWS) \
+        for (ptrdiff_t c = i * n; c < (i + ROWS) * n; c += ROWS) STEP;
+#define FL_OF_ROWS(TYPE, REAL, ROWS, LOAD, MULTIPLY, SUBTRACT, STORE, OF) \
+    static inline void fl_scale_rows_##TYPE(REAL* rows, ptrdiff_t n, const REAL* factor, \
+                                            const int32_t* owner) { \
+        FL_EACH_ROW(ROWS, STORE(rows + c, MULTIPLY(LOAD(rows + c), OF(factor)))) \
+    } \
+    static inline void fl_spread_rows_##TYPE(REAL* rows, ptrdiff_t n, const REAL* factor, \
+                                             const int32_t* owner) { \
+        FL_EACH_ROW(ROWS, STORE(rows + c, OF(factor))) \
+    } \
+    static inline void fl_shift_rows_##TYPE(const REAL* rows, ptrdiff_t n, const REAL* m, \
+                                            const REAL* rest, const int32_t* owner, REAL* to) { \
+        FL_EACH_ROW(ROWS, STORE(to + c, SUBTRACT(SUBTRACT(LOAD(rows + c), OF(m)), OF(rest)))) \
+    }
+#if defined(__AVX512F__)
+#define FL_OF_16(p) _mm512_permutexvar_ps(_mm512_loadu_si512(owner + c), _mm512_loadu_ps(p))
+#define FL_OF_8(p) \
+    _mm512_permutexvar_pd( \
+        _mm512_cvtepi32_epi64(_mm256_loadu_si256((const __m256i*)(owner + c - i * n))), \
+        _mm512_loadu_pd((p) + i))
+FL_OF_ROWS(f, float, 16, _mm512_loadu_ps, _mm512_mul_ps, _mm512_sub_ps, _mm512_storeu_ps, FL_OF_16)
+FL_OF_ROWS(d, double, 8, _mm512_loadu_pd, _mm512_mul_pd, _mm512_sub_pd, _mm512_storeu_pd, FL_OF_8)
+#else
+#define FL_TIMES(a, b) ((a) * (b))
+#define FL_LESS(a, b) ((a) - (b))
+#define FL_SET(p, a) *(p) = (a)
+#define FL_OF_1(p) (p)[i]
+#if defined(__AVX2__)
+#define FL_OF_8(p) \
+    _mm256_permutevar8x32_ps(_mm256_loadu_ps((p) + i), \
+                             _mm256_loadu_si256((const __m256i*)(owner + c - i * n)))
+FL_OF_ROWS(f, float, 8, _mm256_loadu_ps, _mm256_mul_ps, _mm256_sub_ps, _mm256_storeu_ps, FL_OF_8)
+#else
+FL_OF_ROWS(f, float, 1, *, FL_TIMES, FL_LESS, FL_SET, FL_OF_1)
+#endif
+FL_OF_ROWS(d, double, 1, *, FL_TIMES, FL_LESS, FL_SET, FL_OF_1)
 #endif
 
 static int fl_cpu_runs(int level) {

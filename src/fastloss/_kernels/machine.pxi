@@ -5,6 +5,8 @@ cdef extern from "machine.h":
         FL_OPENMP
         FL_IEEE_MODE
         FL_ROWS
+        FL_TOP_f
+        FL_TOP_d
     int fl_max_threads() noexcept nogil
     int fl_thread_limit() noexcept nogil
     int fl_cpu_runs(int level) noexcept nogil
@@ -39,10 +41,19 @@ cdef extern from "machine.h":
     double fl_max_d(const double*) noexcept nogil
     void fl_sum_rows_f(const float*, Py_ssize_t, float*) noexcept nogil
     void fl_sum_rows_d(const double*, Py_ssize_t, double*) noexcept nogil
+    float fl_fold_top_f(const float*, const float*, float*) noexcept nogil
+    double fl_fold_top_d(const double*, const double*, double*) noexcept nogil
+    void fl_top_rows_f(const float*, const float*, Py_ssize_t, float*, float*, float*) noexcept nogil
+    void fl_top_rows_d(
+        const double*, const double*, Py_ssize_t, double*, double*, double*) noexcept nogil
     void fl_scale_rows_f(float*, Py_ssize_t, const float*, const int32_t*) noexcept nogil
     void fl_scale_rows_d(double*, Py_ssize_t, const double*, const int32_t*) noexcept nogil
     void fl_spread_rows_f(float*, Py_ssize_t, const float*, const int32_t*) noexcept nogil
     void fl_spread_rows_d(double*, Py_ssize_t, const double*, const int32_t*) noexcept nogil
+    void fl_shift_rows_f(const float*, Py_ssize_t, const float*, const float*, const int32_t*,
+                         float*) noexcept nogil
+    void fl_shift_rows_d(const double*, Py_ssize_t, const double*, const double*, const int32_t*,
+                         double*) noexcept nogil
     void fl_transpose_f(const float*, Py_ssize_t, float*, Py_ssize_t) noexcept nogil
     void fl_transpose_d(const double*, Py_ssize_t, double*, Py_ssize_t) noexcept nogil
 
@@ -65,6 +76,16 @@ cdef inline void sum_eight(const real* rows, Py_ssize_t n, real* to) noexcept no
         fl_sum_rows_d(rows, n, to)
 
 
+cdef inline void top_eight(
+    const real* x, const real* e, Py_ssize_t n, real* maximum, real* others, real* top
+) noexcept nogil:
+    """Of eight rows the maxima of x, and of e the sums without the largest, and that."""
+    if real is float:
+        fl_top_rows_f(x, e, n, maximum, others, top)
+    else:
+        fl_top_rows_d(x, e, n, maximum, others, top)
+
+
 cdef inline void scale_sixteen(
     real* rows, Py_ssize_t n, const real* factor, const int32_t* owner
 ) noexcept nogil:
@@ -83,3 +104,13 @@ cdef inline void spread_sixteen(
         fl_spread_rows_f(rows, n, factor, owner)
     else:
         fl_spread_rows_d(rows, n, factor, owner)
+
+
+cdef inline void shift_sixteen(
+    const real* rows, Py_ssize_t n, const real* m, const real* rest, const int32_t* owner, real* to
+) noexcept nogil:
+    """Sixteen rows of n numbers less two each."""
+    if real is float:
+        fl_shift_rows_f(rows, n, m, rest, owner, to)
+    else:
+        fl_shift_rows_d(rows, n, m, rest, owner, to)

@@ -260,32 +260,135 @@ cdef bint softmax_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept 
     return True
 
 
-cdef void log_softmax_rows(
+cdef inline void top_of_row(
+    const Job* job, Py_ssize_t row, Py_ssize_t i, bint own, Rows* r, real* scratch
+) noexcept nogil:
+    """The maximum, its exponential, and the sum of the others; in common units, or, if own, in
+    those of the maximum, which is known then."""
+    cdef const char* x = row_of(job, job.logits, job.storage, row)
+    cdef Py_ssize_t b, c, n, size = itemsize(job.storage)
+    cdef const char* later = x + min(job.group * job.row_step, <Py_ssize_t>AHEAD) * size
+    cdef real pivot, magic, highest
+    cdef Block found
+    units_of_row(<real>r.maximum[i], own, &pivot, &magic, &highest)
+    begin_top(r, i)
+    for b in range(blocks_in(job.num_classes)):
+        c = b * BLOCK
+        n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+        top_block(load_block(job.storage, x, c, n, scratch), n, pivot, magic, highest, &found,
+                  later + c * size, CHUNK * size)
+        join_top(r, i, &found)
+
+
+cdef inline void units_of_row(
+    real m, bint own, real* pivot, real* magic, real* highest
+) noexcept nogil:
+    pivot[0] = pivot_of(m) if own else <real>0.0
+    magic[0] = magic_of(m) if own else common_magic(m)
+    highest[0] = <real>INFINITY if own else highest_of(m)
+
+
+cdef inline void begin_top(Rows* r, Py_ssize_t i) noexcept nogil:
+    r.others[i] = r.top[i] = 0.0
+    r.maximum[i] = -INFINITY
+
+
+cdef inline void join_top(Rows* r, Py_ssize_t i, const Block* block) noexcept nogil:
+    """What top_of_row asks for, with one block more."""
+    r.others[i] += block.sum + min(r.top[i], block.top)
+    r.top[i] = max(r.top[i], block.top)
+    r.maximum[i] = max(r.maximum[i], block.maximum)
+
+
+cdef inline const real* scores_of_run(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, real* buffer
+) noexcept nogil:
+    """The scores of short rows, where some before them and LANES rows may be read."""
+    cdef Py_ssize_t C = job.num_classes
+    cdef const real* x = load_block(job.storage, job.logits, first * C, n * C, buffer)
+    if x == buffer or (n == LANES and first > 0):
+        return x
+    memcpy(buffer, x, n * C * sizeof(real))
+    return buffer
+
+
+cdef inline void top_of_rows(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, const real* scores, Rows* r, real* kept,
+    real* scratch,
+) noexcept nogil:
+    """As top_of_row, in common units; of short rows, some that stay in the nearest cache."""
+    cdef real maximum[LANES]
+    cdef real others[LANES]
+    cdef real top[LANES]
+    cdef Py_ssize_t C = job.num_classes, rows = LANES if LANES * C <= CACHED else 16, i, j
+    if adds_as_rows(job):
+        for i in range(n):
+            top_of_row(job, first + i, i, False, r, scratch)
+    else:
+        for i in range((n + rows - 1) // rows):
+            exp_rows(job, first + i * rows, min(n - i * rows, rows), kept, scratch)
+            for j in range(0, rows, 8):
+                top_eight(scores + (i * rows + j) * C, kept + j * C, C, maximum + i * rows + j,
+                          others + i * rows + j, top + i * rows + j)
+        for i in range(n):
+            r.maximum[i], r.others[i], r.top[i] = maximum[i], others[i], top[i]
+    for i in range(n):
+        r.target_exp[i] = r.top[i]
+
+
+cdef bint log_softmax_rows(
     const Job* job, Operation operation, Py_ssize_t unit, real* scratch
 ) noexcept nogil:
-    """log_softmax, or, without its second pass, logsumexp."""
+    """log_softmax, or, without its second pass, logsumexp. False as of softmax_rows."""
     cdef real* kept = scratch + 2 * BLOCK
+    cdef const real* scores = NULL
     cdef Rows r
-    cdef const char* x
-    cdef real m
-    cdef Py_ssize_t i, b, c, width, first = unit * job.group, n = rows_in_unit(job, unit)
-    largest_of_rows(job, first, n, &r, scratch)
+    cdef bint untamed
+    cdef Py_ssize_t i, first = unit * job.group, n = rows_in_unit(job, unit)
     for i in range(n):
-        x = row_of(job, job.logits, job.storage, first + i)
-        m = <real>r.maximum[i]
-        r.target_logit[i] = m
-        r.others[i] = exp_row(job, x, find_in_row(job, x, m, scratch), m, <real*>NULL, scratch)
-    add_exponentials(&r, 0, n, scratch[0])
+        r.row_weight[i] = r.target_weight[i] = 1.0
+    untamed = are_hopeless(job, first, n, &r, scratch)
+    if not untamed:
+        if is_short(job):
+            scores = scores_of_run(job, first, n, kept + LANES * job.num_classes + CHUNK)
+        top_of_rows(job, first, n, scores, &r, kept, scratch)
+        untamed = find_untamed(&r, n, 1.0, kept[0])
+    untamed_of(job, scratch)[0] = untamed
+    if untamed and is_short(job):
+        return False
+    if untamed:
+        for i in range(n):
+            if r.own[i]:
+                top_of_row(job, first + i, i, True, &r, scratch)
     log_softmax_step(job, operation, first, n, &r, scratch)
-    if operation == LOGSUMEXP:
+    if operation == LOG_SOFTMAX:
+        shift_rows(job, first, n, scores, &r, kept, scratch)
+    return True
+
+
+cdef inline void shift_rows(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, const real* scores, const Rows* r, real* kept,
+    real* scratch,
+) noexcept nogil:
+    cdef real m[LANES]
+    cdef real log_sum[LANES]
+    cdef const char* x
+    cdef Py_ssize_t C = job.num_classes, i, b, c, width
+    for i in range(n):
+        m[i], log_sum[i] = <real>r.maximum[i], <real>r.log_sum[i]
+    if not adds_as_rows(job):
+        for i in range(0, n, 16):
+            shift_sixteen(scores + i * C, C, m + i, log_sum + i, owners_of(job, scratch),
+                          kept + i * C)
+        store_rows(job, first, n, kept)
         return
     for i in range(n):
         x = row_of(job, job.logits, job.storage, first + i)
-        for b in range(blocks_in(job.num_classes)):
+        for b in range(blocks_in(C)):
             c = b * BLOCK
-            width = min(job.num_classes - c, <Py_ssize_t>BLOCK)
-            shift_block(load_block(job.storage, x, c, width, scratch), width, <real>r.maximum[i],
-                        <real>r.log_sum[i], kept + i * job.num_classes + c)
+            width = min(C - c, <Py_ssize_t>BLOCK)
+            shift_block(load_block(job.storage, x, c, width, scratch), width, m[i], log_sum[i],
+                        kept + i * C + c)
     store_rows(job, first, n, kept)
 
 
@@ -295,12 +398,15 @@ cdef inline void log_softmax_step(
     """The scalar step of log_softmax; of logsumexp, all that is left to do."""
     cdef real result[LANES]
     cdef const char* x
+    cdef int infinite = 0
     cdef Py_ssize_t i
     for i in range(n):
         r.log_sum[i] = log1p(r.others[i] / r.top[i])
     if operation == LOG_SOFTMAX:
         return
     for i in range(n):
+        infinite |= not is_finite(r.maximum[i])
+    for i in range(n if infinite else 0):
         x = row_of(job, job.logits, job.storage, first + i)
         # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
         if not is_finite(r.maximum[i]) and not row_holds_nan(job, x, scratch):

@@ -30,6 +30,7 @@ cdef inline Stage first_stage(Shared* shared, real* scratch) noexcept nogil:
 cdef inline Stage next_stage(Shared* shared, real* scratch) noexcept nogil:
     """What is left to do after a stage, which is put together here."""
     cdef const Job* job = shared.job
+    cdef bint known  # the maxima
     if shared.stage == FIRST:
         return first_stage(shared, scratch)
     if shared.stage == WRITE:
@@ -39,19 +40,27 @@ cdef inline Stage next_stage(Shared* shared, real* scratch) noexcept nogil:
         return OWN_UNITS
     if shared.stage == COMMON_UNITS:
         if join_in_common_units(shared, scratch):
-            return OWN_UNITS if is_backward(shared.operation) else MAXIMA
+            known = is_backward(shared.operation) or is_log(shared.operation)
+            return OWN_UNITS if known else MAXIMA
     else:
         join_in_own_units(shared, scratch)
     finish_rows(shared, scratch)
     return WRITE if job.out != NULL and shared.operation != LOGSUMEXP else DONE
 
 
-cdef inline double sum_of_blocks(Shared* shared, Py_ssize_t i) noexcept nogil:
-    cdef double total = 0.0
+cdef inline void sum_up(Shared* shared, Py_ssize_t i) noexcept nogil:
+    """The sum of a row, and, where that leaves out the maximum, what top_of_row says."""
+    cdef Rows* r = &shared.r
+    cdef const Block* block = shared.block + i * shared.blocks
     cdef Py_ssize_t b
+    r.others[i] = 0.0
+    if is_log(shared.operation):
+        begin_top(r, i)
     for b in range(shared.blocks):
-        total += shared.block[i * shared.blocks + b].sum
-    return total
+        if is_log(shared.operation):
+            join_top(r, i, block + b)
+        else:
+            r.others[i] += block[b].sum
 
 
 cdef inline bint join_in_common_units(Shared* shared, real* scratch) noexcept nogil:
@@ -61,7 +70,7 @@ cdef inline bint join_in_common_units(Shared* shared, real* scratch) noexcept no
     cdef bint found = False
     cdef Py_ssize_t i, n = job.rows
     for i in range(n):
-        r.others[i] = sum_of_blocks(shared, i)
+        sum_up(shared, i)
     if is_backward(shared.operation):
         if shared.operation == LOG_SOFTMAX_BACKWARD:
             join_maxima(shared, scratch)
@@ -69,9 +78,9 @@ cdef inline bint join_in_common_units(Shared* shared, real* scratch) noexcept no
             r.own[i] = is_huge(r.others[i], scratch[0])
             found |= r.own[i]
         return found
-    if shared.operation == SOFTMAX:
+    if not has_losses(shared.operation):
         for i in range(n):
-            r.target_exp[i] = r.others[i]
+            r.target_exp[i] = r.others[i] if shared.operation == SOFTMAX else r.top[i]
         return find_untamed(r, n, 1.0, scratch[0])
     found = find_untamed(r, n, job.scale, scratch[0])
     relate_to_targets(job, 0, n, r, shared.index, scratch)
@@ -92,7 +101,7 @@ cdef inline void join_maxima(Shared* shared, real* scratch) noexcept nogil:
         for b in range(shared.blocks):
             m = block[b].maximum if block[b].maximum > m else m
         shared.r.maximum[i] = m
-        if job.target != NULL or shared.operation == SOFTMAX or is_backward(shared.operation):
+        if not has_soft_target(shared.operation):
             continue
         shared.index[i] = 0
         for b in range(shared.blocks):
@@ -114,8 +123,8 @@ cdef inline void join_in_own_units(Shared* shared, real* scratch) noexcept nogil
     for i in range(job.rows):
         if not r.own[i]:
             continue
-        r.others[i] = sum_of_blocks(shared, i)
-        if is_backward(shared.operation) or shared.operation == SOFTMAX:
+        sum_up(shared, i)
+        if not has_losses(shared.operation):
             continue
         r.gap[i] = r.mass[i] = r.top_mass[i] = 0.0
         for b in range(shared.blocks):
@@ -154,7 +163,7 @@ cdef void take_block(Shared* shared, Py_ssize_t i, Py_ssize_t b, real* scratch) 
     cdef const char* later = row + (c + BLOCK) * size
     cdef const real* x = load_block(job.storage, row, c, n, scratch)
     cdef real* e = scratch + 2 * BLOCK
-    cdef real m = <real>shared.r.maximum[i]
+    cdef real m = <real>shared.r.maximum[i], pivot, magic, highest
     cdef Block* block = shared.block + place
     if shared.kept != NULL:
         e = <real*>shared.kept + place * BLOCK
@@ -166,6 +175,9 @@ cdef void take_block(Shared* shared, Py_ssize_t i, Py_ssize_t b, real* scratch) 
         block.sum = terms_of_block(job, operation, i, b, shared.stage == OWN_UNITS, scratch)
         if operation == LOG_SOFTMAX_BACKWARD and shared.stage == COMMON_UNITS:
             block.maximum = largest(load_block(job.storage, row, c, n, scratch), n)
+    elif is_log(operation):
+        units_of_row(m, shared.stage == OWN_UNITS, &pivot, &magic, &highest)
+        top_block(x, n, pivot, magic, highest, block, later, CHUNK * size)
     elif shared.stage == COMMON_UNITS:
         exp_run(x, n, e, later, CHUNK * size)
         if c <= shared.index[i] < c + n:

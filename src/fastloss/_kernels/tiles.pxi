@@ -268,26 +268,37 @@ cdef inline real weight_of(const Job* job, Py_ssize_t c, real unused) noexcept n
     return <real>1.0 if job.weight == NULL else (<const real*>job.relative_weight)[c]
 
 
+cdef inline void find_hopeless(
+    const Job* job, const real* tile, int32_t* own, Rows* r, const int32_t* untamed
+) noexcept nogil:
+    """The rows that need units of their own, by their maxima; looked for on suspicion."""
+    cdef real hopeless
+    cdef Py_ssize_t j
+    for j in range(LANES):
+        own[j] = 0
+        r.maximum[j] = 0.0
+    if untamed[0]:
+        hopeless = hopeless_of(job.num_classes, tile[0])
+        take_maxima(job, tile, r)
+        for j in range(LANES):
+            own[j] = is_hopeless(<real>r.maximum[j], hopeless)
+    for j in range(LANES):
+        r.own[j] = own[j]
+
+
 cdef inline bint exp_tile_untamed(
     const Job* job, Py_ssize_t first, real* tile, const int32_t* index, double scale, real* e,
     Rows* r, int32_t* untamed,
 ) noexcept nogil:
     """exp_tile in common units, or, for rows that these are not for, in their own; whether there
     are such rows. If the last unit had some, these are looked for beforehand, by their maxima."""
-    cdef real hopeless
     cdef int32_t left = 0, found = 0
     cdef int32_t own[LANES]
     cdef Py_ssize_t j
-    for j in range(LANES):
-        own[j] = 0
-    if untamed[0]:
-        take_maxima(job, tile, r)
-        hopeless = hopeless_of(job.num_classes, tile[0])
-        for j in range(LANES):
-            own[j] = is_hopeless(<real>r.maximum[j], hopeless)
-    for j in range(LANES):
-        r.own[j] = own[j]
+    find_hopeless(job, tile, own, r, untamed)
     exp_tile(job, first, tile, index, e, True, r)
+    for j in range(LANES):  # nothing left out
+        r.target_exp[j] = r.others[j] if index[j] < 0 else r.target_exp[j]
     find_untamed(r, LANES, scale, tile[0])
     for j in range(LANES):
         left |= r.own[j] & (own[j] ^ 1)
@@ -318,20 +329,81 @@ cdef void softmax_tile(
             tile[c * step + j] = e[c * step + j] * inverse[j]
 
 
-cdef void log_softmax_tile(
-    const Job* job, Operation operation, Py_ssize_t first, real* tile, real* buffer
+cdef inline void top_of_tile(
+    const Job* job, Py_ssize_t first, const real* tile, Rows* r
 ) noexcept nogil:
-    """log_softmax, or, without its second pass, logsumexp."""
+    """As top_of_row, of lanes, each by r.own in its own units, and in the order of rows.
+
+    Meanwhile memory is fetched, as in exp_tile.
+    """
+    cdef real pivot[LANES]
+    cdef real magic[LANES]
+    cdef real lowest[LANES]
+    cdef real highest[LANES]
+    cdef real m[LANES]
+    cdef real line[LANES]
+    cdef real others[CHUNK * LANES]
+    cdef real top[CHUNK * LANES]
+    cdef real t
+    cdef Py_ssize_t size = itemsize(job.storage), step = job.step, next = first + job.group
+    cdef Py_ssize_t later_step = (LANES if job.inner == 1 else job.inner) * size
+    cdef const char* later = job.logits + size * (
+        next // job.inner * job.num_classes * job.inner + next % job.inner)
+    cdef int32_t c, part, half = parts_of(job)
+    cdef Py_ssize_t j
+    for j in range(LANES):
+        units_of_row(<real>r.maximum[j], r.own[j], &pivot[j], &magic[j], &highest[j])
+        lowest[j] = lowest_of(magic[j])
+        m[j] = <real>-INFINITY
+    memset(others, 0, half * LANES * sizeof(real))
+    memset(top, 0, half * LANES * sizeof(real))
+    for c in range(<int32_t>job.num_classes):
+        fetch(later + c * later_step, LANES * size)
+        part = part_of(job, c, half) * LANES
+        for j in range(LANES):
+            line[j] = exponential(
+                below(tile[c * step + j], highest[j]), pivot[j], magic[j], lowest[j])
+        for j in range(LANES):
+            m[j] = above(tile[c * step + j], m[j])
+        for j in range(LANES):
+            others[part + j] += below(line[j], top[part + j])
+        for j in range(LANES):
+            top[part + j] = above(line[j], top[part + j])
+    while half > 1:
+        half //= 2
+        for j in range(half * LANES):
+            t = top[j + half * LANES]
+            others[j] = (others[j] + others[j + half * LANES]) + below(t, top[j])
+            top[j] = above(t, top[j])
+    for j in range(LANES):
+        r.maximum[j] = m[j]
+        r.others[j] = others[j]
+        r.top[j] = r.target_exp[j] = top[j]
+
+
+cdef void log_softmax_tile(
+    const Job* job, Operation operation, Py_ssize_t first, real* tile, int32_t* untamed,
+    real* buffer,
+) noexcept nogil:
+    """As log_softmax_rows."""
     cdef Rows r
     cdef real maximum[LANES]
     cdef real log_sum[LANES]
-    cdef int32_t index[LANES]
+    cdef int32_t own[LANES]
+    cdef int32_t left = 0, found = 0
     cdef Py_ssize_t c, j, step = job.step
-    largest_in_lanes(job, tile, maximum)
-    find_in_lanes(job, tile, maximum, index)
+    find_hopeless(job, tile, own, &r, untamed)
     for j in range(LANES):
-        r.target_logit[j] = maximum[j]
-    exp_tile_from_maximum(job, first, tile, maximum, index, <real*>NULL, &r)
+        r.row_weight[j] = r.target_weight[j] = 1.0
+    top_of_tile(job, first, tile, &r)
+    find_untamed(&r, LANES, 1.0, tile[0])
+    for j in range(LANES):
+        left |= r.own[j] & (own[j] ^ 1)
+        r.own[j] |= own[j]
+        found |= r.own[j]
+    untamed[0] = found
+    if left:
+        top_of_tile(job, first, tile, &r)
     for j in range(LANES):
         r.log_sum[j] = log1p(r.others[j] / r.top[j])
     if operation == LOGSUMEXP:
@@ -343,6 +415,7 @@ cdef void log_softmax_tile(
         store(job, first, min(job.rows - first, <Py_ssize_t>LANES), buffer)
         return
     for j in range(LANES):
+        maximum[j] = <real>r.maximum[j]
         log_sum[j] = <real>r.log_sum[j]
     for c in range(job.num_classes):
         for j in range(LANES):
@@ -560,8 +633,8 @@ cdef void tile_unit(
         lane = i * LANES
         if operation == SOFTMAX:
             softmax_tile(job, first + lane, tile + lane, other + lane, untamed)
-        elif operation == LOG_SOFTMAX or operation == LOGSUMEXP:
-            log_softmax_tile(job, operation, first + lane, tile + lane, scratch)
+        elif is_log(operation):
+            log_softmax_tile(job, operation, first + lane, tile + lane, untamed, scratch)
         elif is_backward(operation):
             backward_tile(job, operation, tile + lane, other + lane)
         else:
@@ -579,6 +652,8 @@ cdef inline void short_unit(
     if not untamed[0]:
         if operation == SOFTMAX:
             done = softmax_rows(job, unit, scratch)
+        elif is_log(operation):
+            done = log_softmax_rows(job, operation, unit, scratch)
         elif is_backward(operation):
             done = backward_run(job, operation, unit, scratch)
         else:

@@ -73,6 +73,11 @@ cdef inline bint is_backward(Operation operation) noexcept nogil:
     return operation == SOFTMAX_BACKWARD or operation == LOG_SOFTMAX_BACKWARD
 
 
+cdef inline bint is_log(Operation operation) noexcept nogil:
+    """Whether rows are told by their maximum, and by the sum of the others over it."""
+    return operation == LOG_SOFTMAX or operation == LOGSUMEXP
+
+
 cdef inline bint is_nll(Operation operation) noexcept nogil:
     """Whether rows are not gone through, but an element of each picked out."""
     return operation == NLL or operation == NLL_BACKWARD
@@ -134,7 +139,9 @@ cdef inline bint needs_maximum(const Job* job, Operation operation) noexcept nog
 
 cdef inline bint is_flat(const Job* job, Operation operation) noexcept nogil:
     """Whether exponentials are taken in common units, wherever a row ends."""
-    return operation == SOFTMAX or (
+    if is_log(operation) and not adds_as_rows(job):
+        return FL_TOP_d if job.storage == FLOAT64 else FL_TOP_f
+    return operation == SOFTMAX or is_log(operation) or (
         operation == CROSS_ENTROPY and not needs_maximum(job, operation))
 
 
@@ -178,6 +185,7 @@ cdef struct Rows:
 cdef struct Block:
     # What a block of a row was reduced to.
     double maximum
+    double top  # its exponential, where the sum is that of the others
     double sum
     double gap
     double mass

@@ -22,6 +22,8 @@ soft targets ask how far all scores are from the maximum, rows have their own.
 
 The sum leaves one class out (the target, or the maximum), which is what makes small losses exact.
 Where the power is common, others are related to the target itself: a loss is log1p(others / e_y).
+Of log_softmax, partial sums leave out their largest term, which goes along with each: the largest
+of all is the maximum's, whichever class that is.
 0 * inf counts as 0.
 
 Flags are given function by function.  ``contract`` lets multiply and add fuse; ``reassoc`` is for

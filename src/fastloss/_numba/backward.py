@@ -4,6 +4,7 @@ import numpy as np
 
 from fastloss._numba.arithmetic import (
     exponential,
+    highest_of,
     huge_of,
     lowest_of,
     magic_of,
@@ -12,21 +13,30 @@ from fastloss._numba.arithmetic import (
     subtract_product,
     tiny_of,
 )
-from fastloss._numba.blocks import dot_block, sum_block
+from fastloss._numba.blocks import dot_block, largest, sum_block
 from fastloss._numba.jit import inline
-from fastloss._numba.machine import lanes
-from fastloss._numba.memory import load_block
-from fastloss._numba.rows import largest_of_rows, row_scratch, store_rows
-from fastloss._numba.tiles import largest_in_lanes
+from fastloss._numba.machine import can_permute, eight_lanes, lanes, spread_sixteen
+from fastloss._numba.memory import copy, load_block, store
+from fastloss._numba.rows import (
+    largest_of_rows,
+    row_scratch,
+    share_of_row,
+    store_rows,
+    sum_rows,
+)
+from fastloss._numba.tiles import fold_eight, largest_in_lanes
 from fastloss._numba.types import (
     BLOCK,
+    CACHED,
     CHUNK,
+    EIGHT,
     HUGE_UNIT,
     LANES,
     LOG_SOFTMAX_BACKWARD,
     MAXIMUM,
     OTHERS,
     RUN,
+    STEP,
 )
 
 
@@ -70,7 +80,7 @@ def backward_block(g, p, start, c, huge, maximum, total, to, plan, buffer, line)
     log_probs = plan.operation == LOG_SOFTMAX_BACKWARD
     upstream = load_block(g, start + c, n, buffer, plan.storage)
     forward = load_block(p, start + c, n, line, plan.storage)
-    m = reference_above(real(maximum if log_probs else 0.0))
+    m = reference_above(real(maximum if log_probs else 0.0), buffer)
     pivot, magic = pivot_of(m), magic_of(m)
     lowest, unit = lowest_of(magic), unit_of(m)
     if huge:
@@ -97,28 +107,105 @@ def log_softmax_vjp(g, log_p, pivot, magic, lowest, shrink, total, to):
 
 
 @inline
+def backward_run(g, p, out, r, kept, buffer, line, first, n, plan):
+    """Short rows as one run.  False, and nothing done, if one asks for a scale of its own: by its
+    sum or, of log-probabilities, by a large one."""
+    num_classes = plan.num_classes
+    rows = LANES if LANES * num_classes <= CACHED else STEP
+    for i in range(0, n, rows):
+        to = kept[i * num_classes :]
+        if not backward_part(g, p, r, to, buffer, line, first + i, min(n - i, rows), plan):
+            return False
+    store(out, first * num_classes, kept[: n * num_classes], plan.storage, plan.stream)
+    return True
+
+
+@inline
+def backward_part(g, p, r, kept, buffer, line, first, n, plan):
+    """backward_run of rows that stay in the nearest cache, into kept."""
+    num_classes, real = plan.num_classes, kept.dtype.type
+    log_probs = plan.operation == LOG_SOFTMAX_BACKWARD
+    start, size = first * num_classes, n * num_classes
+    upstream = load_block(g, start, size, buffer, plan.storage)
+    forward = load_block(p, start, size, line, plan.storage)
+    if not terms_of_run(upstream, forward, kept[:size], log_probs):
+        return False
+    sum_rows(kept, r, n, num_classes)
+    f = lanes(kept)
+    unit = unit_of(real(0)) if log_probs else 1.0
+    odd = 0
+    for i in range(n):
+        total = r[OTHERS + i]
+        odd += is_huge(total, kept) | ((abs(total * unit) < tiny_of(kept)) & (total != 0.0))
+        f[i] = total * unit
+    if odd:
+        return False
+    if can_permute(kept):
+        for i in range(0, n, STEP):
+            spread_sixteen(
+                kept, i * num_classes, num_classes, share_of_row(num_classes), i, kept, f
+            )
+    else:
+        for i in range(n):
+            for c in range(i * num_classes, (i + 1) * num_classes):
+                kept[c] = f[i]
+    finish_run(upstream, forward, kept[:size], log_probs)
+    return True
+
+
+@inline
+def terms_of_run(g, p, terms, log_probs):
+    """What is summed up; False if a log-probability asks for a reference."""
+    if log_probs:
+        if reference_above(largest(p), terms) != 0:
+            return False
+        copy(terms, g)
+    else:
+        for i in range(terms.size):
+            terms[i] = g[i] * p[i]
+    return True
+
+
+@inline
+def finish_run(g, p, f, log_probs):
+    """The result, in place of the factor of each row."""
+    if log_probs:
+        zero = f.dtype.type(0)
+        magic = magic_of(zero)
+        lowest = lowest_of(magic)
+        for i in range(f.size):
+            f[i] = subtract_product(exponential(p[i], zero, magic, lowest), f[i], g[i])
+    else:
+        for i in range(f.size):
+            f[i] = p[i] * (g[i] - f[i])
+
+
+@inline
 def backward_tile(tile, upstreams, r, plan):
     num_classes, step = plan.num_classes, plan.step
     log_probs = plan.operation == LOG_SOFTMAX_BACKWARD
     pivot, magic, lowest = lanes(tile), lanes(tile), lanes(tile)
-    lane, f, shrink = lanes(tile), lanes(tile), lanes(tile)
+    parts, f, shrink = eight_lanes(tile), lanes(tile), lanes(tile)
     real = tile.dtype.type
     for j in range(LANES):
-        lane[j] = 0
         r[OTHERS + j] = 0.0
+    for j in range(EIGHT * LANES):
+        parts[j] = 0
     for c in range(num_classes):
         forward = tile[c * step : c * step + LANES]
         upstream = upstreams[c * step : c * step + LANES]
+        part = parts[((c - num_classes) & (EIGHT - 1)) * LANES :][:LANES]
         for j in range(LANES):
-            lane[j] += upstream[j] if log_probs else upstream[j] * forward[j]
-        if c % RUN == RUN - 1 or c == num_classes - 1:
+            part[j] += upstream[j] if log_probs else upstream[j] * forward[j]
+        if (num_classes - 1 - c) % (RUN * EIGHT) == 0:
             for j in range(LANES):
-                r[OTHERS + j] += np.float64(lane[j])
-                lane[j] = 0
+                r[OTHERS + j] += np.float64(fold_eight(parts, j, real))
+            for j in range(EIGHT * LANES):
+                parts[j] = 0
     if log_probs:
         largest_in_lanes(tile, r, plan)
     for j in range(LANES):
-        m = reference_above(real(r[MAXIMUM + j] if log_probs else 0.0))
+        m = reference_above(real(r[MAXIMUM + j] if log_probs else 0.0), tile)
         pivot[j], magic[j] = pivot_of(m), magic_of(m)
         lowest[j], unit = lowest_of(magic[j]), unit_of(m)
         total = r[OTHERS + j]
@@ -149,9 +236,9 @@ def backward_tile(tile, upstreams, r, plan):
 
 
 @inline
-def reference_above(maximum):
-    """Log-probabilities are at most 0, but the formulas hold for any: a reference for both."""
-    return max(maximum, type(maximum)(0))
+def reference_above(maximum, like):
+    """Log-probabilities are at most 0, but the formulas hold for any: a reference for all."""
+    return maximum if maximum > highest_of(like) else like.dtype.type(0)
 
 
 @inline

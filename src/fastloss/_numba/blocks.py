@@ -11,7 +11,15 @@ from fastloss._numba.arithmetic import (
     times,
 )
 from fastloss._numba.jit import inline, summing, typed
-from fastloss._numba.machine import add_step, lanes, scale_eight, scale_four, scale_step, sum_lanes
+from fastloss._numba.machine import (
+    add_step,
+    fold_top,
+    lanes,
+    scale_eight,
+    scale_four,
+    scale_step,
+    sum_lanes,
+)
 from fastloss._numba.memory import fetch
 from fastloss._numba.types import CHUNK, EIGHT, LANES, STEP
 
@@ -103,6 +111,11 @@ def below(x, highest):
 
 
 @inline
+def above(x, least):
+    return x if x > least else least
+
+
+@inline
 def exp_run(x, e, later, start):
     """The exponentials e in common units, wherever rows end.
 
@@ -173,6 +186,42 @@ def exp_block(x, skip, pivot, magic, e, later, start):
             for j in range(to.size):
                 to[j] = value[j]
     return fold(lane)
+
+
+@inline
+def top_block(x, pivot, magic, highest, later, start):
+    """The maximum; of the exponentials the largest, and the sum of the others.
+
+    Meanwhile memory is fetched, as in exp_block.
+    """
+    lowest = lowest_of(magic)
+    lane, top, m, value, rest = lanes(x), lanes(x), lanes(x), lanes(x), lanes(x)
+    whole = x.size // CHUNK
+    pad(x[whole * CHUNK :], -1, rest)
+    for j in range(CHUNK):
+        lane[j] = 0
+        top[j] = 0
+        m[j] = -np.inf
+    for chunk in range((x.size + CHUNK - 1) // CHUNK):
+        i = chunk * CHUNK
+        fetch(later, start + i, CHUNK)
+        if chunk == whole:
+            for j in range(CHUNK):
+                value[j] = rest[j]
+        else:
+            source = x[i : i + CHUNK]
+            for j in range(CHUNK):
+                value[j] = source[j]
+        for j in range(CHUNK):
+            m[j] = above(value[j], m[j])
+        for j in range(CHUNK):
+            value[j] = exponential(below(value[j], highest), pivot, magic, lowest)
+        for j in range(CHUNK):
+            lane[j] += below(value[j], top[j])
+        for j in range(CHUNK):
+            top[j] = above(value[j], top[j])
+    fold_top(lane, top)
+    return largest_lane(m), top[0], np.float64(lane[0])
 
 
 @inline

@@ -11,7 +11,7 @@ from numba import prange, types
 
 from fastloss import _threads
 from fastloss._contract import Labels, Options, TargetCheck
-from fastloss._numba.backward import backward_rows, backward_tile
+from fastloss._numba.backward import backward_rows, backward_run, backward_tile
 from fastloss._numba.columns import load_columns, rows_of, rows_to, store_columns, turned_numbers
 from fastloss._numba.jit import entry, inline, spliced, typed
 from fastloss._numba.losses import (
@@ -36,6 +36,7 @@ from fastloss._numba.rows import (
     exp_rows_from_target,
     exp_rows_of_softmax,
     log_softmax_rows,
+    log_softmax_run,
     reduce_rows,
     row_numbers,
     softmax_rows,
@@ -233,6 +234,14 @@ def softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, thre
     set_float_mode(mode)
 
 
+@inline
+def store_sums(out, r, scratch, start, n, plan):
+    """The results of logsumexp."""
+    for i in range(n):
+        scratch[i] = r[MAXIMUM + i] + r[LOG_SUM + i]
+    store(out, start, scratch[:n], plan.storage, False)
+
+
 @entry
 def log_softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, threads):
     """log_softmax and logsumexp."""
@@ -242,26 +251,35 @@ def log_softmax_share(x, out, plan, tiles, rows, turned, fields, units, thread, 
     r = from_line(own_of(fields, thread), FIELDS + plan.carries)
     scratch = from_line(scratch_of(tiles, rows, thread), plan.numbers)
     own_turned = own_of(turned, thread)
-    buffer, tile, _ = tile_scratch(unless_none(tiles, scratch), plan)
+    buffer, tile, other = tile_scratch(unless_none(tiles, scratch), plan)
     x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
     begin_carries(r)
+    untamed = 0  # rows of the last unit that common units were not for
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
+        if tiles is not None:
+            done = False
+            if plan.inner == 1 and last - first == LANES and not untamed:
+                kept, line = tile[STEP:], other[STEP:]
+                done = log_softmax_run(x, out, r, kept, buffer, line, first, plan)
+            if done:
+                if plan.operation == LOGSUMEXP:
+                    store_sums(out, r, scratch, first, LANES, plan)
+                continue
         load_unit(
             x, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
         )
         for start in range(first, last, plan.summed):
             n = min(plan.summed, last - start)
             if tiles is not None:
-                log_softmax_tile(tile[start - first :], r, x, start + plan.group, plan)
+                lane = start - first
+                untamed = log_softmax_tile(tile[lane:], r, x, start + plan.group, plan)
             if rows is not None:
                 row = start - first if plan.layout == COLUMNS else start
                 log_softmax_rows(x_rows, out_rows, r, scratch, row, n, plan)
             if plan.operation == LOGSUMEXP:
-                for i in range(n):
-                    scratch[i] = r[MAXIMUM + i] + r[LOG_SUM + i]
-                store(out, start, scratch[:n], plan.storage, False)
+                store_sums(out, r, scratch, start, n, plan)
         if plan.operation == LOG_SOFTMAX:
             store_unit(out, tiles, turned, tile, own_turned, scratch, r, first, last - first, plan)
     flush_carries(out, r, scratch)
@@ -284,6 +302,12 @@ def backward_share(g, p, out, plan, tiles, rows, turned, turned_g, fields, units
     for unit in share_of(units, thread, threads):
         first = unit * plan.group
         last = min(first + plan.group, plan.rows)
+        if tiles is not None:
+            kept = tile[STEP:]
+            if plan.inner == 1 and backward_run(
+                g, p, out, r, kept, buffer, upstreams, first, last - first, plan
+            ):
+                continue
         load_unit(
             p, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
         )

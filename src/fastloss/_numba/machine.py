@@ -186,51 +186,80 @@ def can_permute(typing_context, like):
     return types.boolean(like), lambda *_: ir.IntType(1)(able)
 
 
-@intrinsic
-def scale_sixteen(typing_context, e, start, n, share, f, first, to):
-    """16 rows of n numbers, at most SHORT_ROW, from e[start] on, to the same place of `to`.
+def _sixteen(to, inputs, step):
+    """16 rows of n numbers, at most SHORT_ROW, from to[start] on: in one run, step(builder, number
+    of source, factors of its row).
 
-    The first row times f[first], the next times the next, in one run: a vector of numbers takes
-    its factors from a vector of rows.  Number i is of row i / n, which is i * share / 2**24, share
-    being 2**24 / n rounded up.
+    Inputs are the source, in the same places, and factors, those of the first row at `first`. A
+    vector of numbers takes its factors from a vector of rows. Number i is of row i / n, which is
+    i * share / 2**24, share being 2**24 / n rounded up.
     """
-    count = max((count for dtype, count in _permute if dtype == e.dtype), default=0)
+    count = max((count for dtype, count in _permute if dtype == to.dtype), default=0)
 
     def generate(context, builder, signature, arguments):
-        e_type, _, _, _, f_type, _, to_type = signature.args
-        e, start, n, share, f, first, to = arguments
         if not count:
             return context.get_dummy_value()
-        _, scalar, vector = _vector_at(context, builder, e_type, e, start, count)
+        array_types = [array for array in signature.args if array != types.intp]
+        to, start, n, share, first, *inputs = arguments
+
+        def place_of(which, index):
+            return _vector_at(
+                context, builder, array_types[which], [to, *inputs][which], index, count
+            )[0]
+
+        _, scalar, vector = _vector_at(context, builder, array_types[0], to, start, count)
         size = context.get_abi_sizeof(scalar)
         numbers = _numbers(size, count)
         permute = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(vector, [vector, numbers.type]),
-            _permute[e_type.dtype, count],
+            _permute[array_types[0].dtype, count],
         )  # fmt: skip
         shift = _splat(builder, ir.Constant(numbers.type.element, 24), count)
         shares = _splat(builder, _narrow(builder, share, size), count)
         own = builder.mul(numbers, shares)
-        step = builder.mul(shares, _splat(builder, numbers.type.element(count), count))
+        later = builder.mul(shares, _splat(builder, numbers.type.element(count), count))
         for group in range(0, STEP, count):
             group = ir.Constant(n.type, group)
-            place, _, _ = _vector_at(context, builder, f_type, f, builder.add(first, group), count)
-            factors = builder.load(place, align=size)
+            row = builder.add(first, group)
+            factors = [
+                builder.load(place_of(which, row), align=size)
+                for which in range(2, len(array_types))
+            ]
             begin = builder.add(start, builder.mul(group, n))
             owner = cgutils.alloca_once_value(builder, own)
             with cgutils.for_range(builder, n) as loop:
                 i = builder.add(begin, builder.mul(loop.index, ir.Constant(n.type, count)))
-                source, _, _ = _vector_at(context, builder, e_type, e, i, count)
-                target, _, _ = _vector_at(context, builder, to_type, to, i, count)
                 owners = builder.load(owner)
-                each = builder.call(permute, [factors, builder.lshr(owners, shift)])
-                product = builder.fmul(builder.load(source, align=size), each)
-                builder.store(product, target, align=size)
-                builder.store(builder.add(owners, step), owner)
+                each = [
+                    builder.call(permute, [factor, builder.lshr(owners, shift)])
+                    for factor in factors
+                ]
+                source = builder.load(place_of(1, i), align=size)
+                builder.store(step(builder, source, *each), place_of(0, i), align=size)
+                builder.store(builder.add(owners, later), owner)
         return context.get_dummy_value()
 
-    index = types.intp
-    return types.none(e, index, index, index, f, index, to), generate
+    return types.none(to, *4 * (types.intp,), *inputs), generate
+
+
+@intrinsic
+def scale_sixteen(typing_context, to, start, n, share, first, e, f):
+    """Sixteen rows of n numbers times a factor each."""
+    return _sixteen(to, (e, f), lambda builder, e, f: builder.fmul(e, f))
+
+
+@intrinsic
+def spread_sixteen(typing_context, to, start, n, share, first, e, f):
+    """Sixteen rows of n numbers, each its factor."""
+    return _sixteen(to, (e, f), lambda builder, e, f: f)
+
+
+@intrinsic
+def shift_sixteen(typing_context, to, start, n, share, first, x, m, rest):
+    """Sixteen rows of n numbers less two for each row."""
+    return _sixteen(
+        to, (x, m, rest), lambda builder, x, m, rest: builder.fsub(builder.fsub(x, m), rest)
+    )
 
 
 @intrinsic
@@ -254,69 +283,160 @@ def add_step(typing_context, lane, place, e, start, width):
     return types.none(lane, types.intp, e, types.intp, types.intp), generate
 
 
-@intrinsic
-def sum_eight(typing_context, e, start, step, n, to, to_start):
-    """The sums of n numbers in each of eight rows, `step` apart, the first from e[start] on.
+def _smaller(builder, a, b):
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
-    Of each row the numbers at distance 8, the last of which goes to the eighth sum, then these
+
+def _larger(builder, a, b):
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+# A sum without its largest term, and that term, go as a pair: others are added by pairs, too. No
+# term is negative; NaN gets into the sum.
+def _add_to_pair(builder, pair, value):
+    s, t = pair
+    return builder.fadd(s, _smaller(builder, t, value)), _larger(builder, value, t)
+
+
+def _add_pairs(builder, pair, other):
+    s, t = pair
+    return _add_to_pair(builder, (builder.fadd(s, other[0]), t), other[1])
+
+
+def _shuffle(builder, a, b, mask):
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(mask)), mask)
+    return builder.shuffle_vector(a, b, mask)
+
+
+@intrinsic
+def fold_top(typing_context, others, top):
+    """Of LANES pairs of a sum and what it leaves out one, in the first lanes; by halves."""
+
+    def generate(context, builder, signature, arguments):
+        zero = context.get_constant(types.intp, 0)
+        places = [
+            _vector_at(context, builder, array, value, zero, LANES)[0]
+            for array, value in zip(signature.args, arguments, strict=True)
+        ]
+        size = others.dtype.bitwidth // 8
+        pair, count = [builder.load(place, align=size) for place in places], LANES
+        while count > 1:
+            low, high = range(count // 2), range(count // 2, count)
+            pair = _add_pairs(
+                builder, *([_shuffle(builder, v, v, list(half)) for v in pair]
+                           for half in (low, high))
+            )  # fmt: skip
+            count //= 2
+        for place, value in zip(places, pair, strict=True):
+            scalar = builder.bitcast(place, value.type.element.as_pointer())
+            builder.store(builder.extract_element(value, ir.IntType(32)(0)), scalar)
+        return context.get_dummy_value()
+
+    return types.none(others, top), generate
+
+
+def _fold_eight(context, builder, array_type, array, start, step, n, nothing, add, join):
+    """Of eight rows of n numbers, `step` apart, the first from array[start] on: in each lane what
+    a row comes to, starting from nothing, as add takes numbers and join two such parts.
+
+    Of each row the numbers at distance 8, the last of which goes to the eighth part, then these
     eight, by halves.  Reads up to seven numbers before the rows.
     """
+    scalar = context.get_data_type(array_type.dtype)
+    size = context.get_abi_sizeof(scalar)
+    begins = [start]
+    for _ in range(EIGHT - 1):  # products of the step would be more than there are registers
+        begins.append(builder.add(begins[-1], step))
+
+    def constant(number):
+        return ir.Constant(n.type, number)
+
+    def load(row, c):
+        index = builder.add(begins[row], c)
+        source, _, _ = _vector_at(context, builder, array_type, array, index, EIGHT)
+        return builder.load(source, align=size)
+
+    def join_halves(a, b, *masks):
+        return join(builder, *([_shuffle(builder, x, y, mask) for x, y in zip(a, b, strict=True)]
+                               for mask in masks))  # fmt: skip
+
+    # The first vector begins before the row, so that the last one ends with it.
+    width = builder.add(builder.and_(builder.sub(n, constant(1)), constant(7)), constant(1))
+    before = builder.sub(width, constant(EIGHT))
+    numbers = ir.Constant(ir.VectorType(n.type, EIGHT), list(range(-EIGHT, 0)))
+    inside = builder.icmp_signed(">=", builder.add(_splat(builder, width, EIGHT), numbers),
+                                 ir.Constant(numbers.type, [0] * EIGHT))  # fmt: skip
+    empty = [ir.Constant(ir.VectorType(scalar, EIGHT), [number] * EIGHT) for number in nothing]
+    parts = [
+        [cgutils.alloca_once_value(builder, value) for value in
+         add(builder, empty, builder.select(inside, load(row, before), empty[-1]))]
+        for row in range(EIGHT)
+    ]  # fmt: skip
+    rest = builder.lshr(builder.sub(n, width), constant(3))
+    with cgutils.for_range(builder, rest) as loop:
+        c = builder.add(width, builder.mul(loop.index, constant(EIGHT)))
+        for row, part in enumerate(parts):
+            values = add(builder, [builder.load(p) for p in part], load(row, c))
+            for value, place in zip(values, part, strict=True):
+                builder.store(value, place)
+    a = [[builder.load(p) for p in part] for part in parts]
+    a = [
+        join_halves(a[i], a[i + 4], [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
+        for i in range(4)
+    ]
+    a = [
+        join_halves(a[i], a[i + 1], [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15])
+        for i in (0, 2)
+    ]
+    return join_halves(*a, [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15])
+
+
+@intrinsic
+def sum_eight(typing_context, e, start, step, n, to, to_start):
+    """The sums of n numbers in each of eight rows, as _fold_eight adds them up."""
 
     def generate(context, builder, signature, arguments):
         e_type, _, _, _, to_type, _ = signature.args
         e, start, step, n, to, to_start = arguments
-        place, scalar, vector = _vector_at(context, builder, to_type, to, to_start, EIGHT)
-        size, zero = context.get_abi_sizeof(scalar), ir.Constant(vector, [0.0] * EIGHT)
-
-        begins = [start]
-        for _ in range(EIGHT - 1):  # products of the step would be more than there are registers
-            begins.append(builder.add(begins[-1], step))
-
-        def constant(number):
-            return ir.Constant(n.type, number)
-
-        def load(row, c):
-            index = builder.add(begins[row], c)
-            source, _, _ = _vector_at(context, builder, e_type, e, index, EIGHT)
-            return builder.load(source, align=size)
-
-        def add_shuffled(a, b, mask, other_mask):
-            indices = ir.VectorType(ir.IntType(32), EIGHT)
-            parts = [
-                builder.shuffle_vector(a, b, ir.Constant(indices, m)) for m in (mask, other_mask)
-            ]
-            return builder.fadd(*parts)
-
-        # The first vector begins before the row, so that the last one ends with it.
-        width = builder.add(builder.and_(builder.sub(n, constant(1)), constant(7)), constant(1))
-        before = builder.sub(width, constant(EIGHT))
-        numbers = ir.Constant(ir.VectorType(n.type, EIGHT), list(range(-EIGHT, 0)))
-        inside = builder.icmp_signed(">=", builder.add(_splat(builder, width, EIGHT), numbers),
-                                     ir.Constant(numbers.type, [0] * EIGHT))  # fmt: skip
-        sums = [
-            cgutils.alloca_once_value(builder, builder.select(inside, load(row, before), zero))
-            for row in range(EIGHT)
-        ]
-        rest = builder.lshr(builder.sub(n, width), constant(3))
-        with cgutils.for_range(builder, rest) as loop:
-            c = builder.add(width, builder.mul(loop.index, constant(EIGHT)))
-            for row, a in enumerate(sums):
-                builder.store(builder.fadd(builder.load(a), load(row, c)), a)
-        a = [builder.load(s) for s in sums]
-        a = [
-            add_shuffled(a[i], a[i + 4], [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
-            for i in range(4)
-        ]
-        a = [
-            add_shuffled(a[i], a[i + 1], [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15])
-            for i in (0, 2)
-        ]
-        total = add_shuffled(*a, [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15])
-        builder.store(total, place, align=size)
+        (total,) = _fold_eight(
+            context, builder, e_type, e, start, step, n, [0.0],
+            lambda builder, a, value: [builder.fadd(a[0], value)],
+            lambda builder, a, b: [builder.fadd(a[0], b[0])],
+        )  # fmt: skip
+        place, _, _ = _vector_at(context, builder, to_type, to, to_start, EIGHT)
+        builder.store(total, place, align=to_type.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     index = types.intp
     return types.none(e, index, index, index, to, index), generate
+
+
+@intrinsic
+def top_eight(typing_context, x, x_start, e, start, step, n, maximum, others, top, to_start):
+    """Of eight rows the maxima of x, and of e the sums without the largest, and that."""
+
+    def generate(context, builder, signature, arguments):
+        x, x_start, e, start, step, n, maximum, others, top, to_start = arguments
+        x_type, _, e_type, *_ = signature.args
+        results = [
+            *_fold_eight(
+                context, builder, x_type, x, x_start, step, n, [float("-inf")],
+                lambda builder, a, value: [_larger(builder, value, a[0])],
+                lambda builder, a, b: [_larger(builder, b[0], a[0])],
+            ),
+            *_fold_eight(
+                context, builder, e_type, e, start, step, n, [0.0, 0.0], _add_to_pair, _add_pairs
+            ),
+        ]  # fmt: skip
+        arrays = [(signature.args[6], maximum), (signature.args[7], others),
+                  (signature.args[8], top)]  # fmt: skip
+        for value, (array_type, array) in zip(results, arrays, strict=True):
+            place, _, _ = _vector_at(context, builder, array_type, array, to_start, EIGHT)
+            builder.store(value, place, align=array_type.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.none(x, index, e, index, index, index, maximum, others, top, index), generate
 
 
 @intrinsic
@@ -332,10 +452,6 @@ def transpose(typing_context, source, source_start, source_step, to, to_start, t
             index = builder.add(start, builder.mul(step, ir.Constant(step.type, i)))
             return _place(context, builder, array_type, array, index, vector)
 
-        def shuffle(a, b, mask):
-            mask = ir.Constant(ir.VectorType(ir.IntType(32), 8), mask)
-            return builder.shuffle_vector(a, b, mask)
-
         a = [
             builder.load(run(source, source_value, source_start, source_step, i)) for i in range(8)
         ]
@@ -343,14 +459,14 @@ def transpose(typing_context, source, source_start, source_step, to, to_start, t
             load.align = size
         b = []
         for i in range(0, 8, 2):
-            b.append(shuffle(a[i], a[i + 1], [0, 8, 1, 9, 4, 12, 5, 13]))
-            b.append(shuffle(a[i], a[i + 1], [2, 10, 3, 11, 6, 14, 7, 15]))
+            b.append(_shuffle(builder, a[i], a[i + 1], [0, 8, 1, 9, 4, 12, 5, 13]))
+            b.append(_shuffle(builder, a[i], a[i + 1], [2, 10, 3, 11, 6, 14, 7, 15]))
         a = []
         for i in (0, 1, 4, 5):
-            a.append(shuffle(b[i], b[i + 2], [0, 1, 8, 9, 4, 5, 12, 13]))
-            a.append(shuffle(b[i], b[i + 2], [2, 3, 10, 11, 6, 7, 14, 15]))
-        low = [shuffle(a[i], a[i + 4], [0, 1, 2, 3, 8, 9, 10, 11]) for i in range(4)]
-        high = [shuffle(a[i], a[i + 4], [4, 5, 6, 7, 12, 13, 14, 15]) for i in range(4)]
+            a.append(_shuffle(builder, b[i], b[i + 2], [0, 1, 8, 9, 4, 5, 12, 13]))
+            a.append(_shuffle(builder, b[i], b[i + 2], [2, 3, 10, 11, 6, 7, 14, 15]))
+        low = [_shuffle(builder, a[i], a[i + 4], [0, 1, 2, 3, 8, 9, 10, 11]) for i in range(4)]
+        high = [_shuffle(builder, a[i], a[i + 4], [4, 5, 6, 7, 12, 13, 14, 15]) for i in range(4)]
         for i, values in enumerate(low + high):
             builder.store(values, run(to, to_value, to_start, to_step, i)).align = size
         return context.get_dummy_value()

@@ -11,6 +11,8 @@ import math
 import numpy as np
 
 from fastloss._numba.arithmetic import (
+    common_magic,
+    highest_of,
     in_common_units,
     log1p,
     magic_of,
@@ -29,14 +31,24 @@ from fastloss._numba.blocks import (
     soft_gap,
     soft_mass,
     sum_kept,
+    top_block,
 )
 from fastloss._numba.jit import inline, spliced
 from fastloss._numba.losses import add_exponentials, asks_all_scores, z_loss_of
-from fastloss._numba.machine import can_permute, lanes, scale_sixteen, sum_eight
-from fastloss._numba.memory import load_block, load_one, store
+from fastloss._numba.machine import (
+    as_input,
+    can_permute,
+    lanes,
+    scale_sixteen,
+    shift_sixteen,
+    sum_eight,
+    top_eight,
+)
+from fastloss._numba.memory import copy, load_block, load_one, store
 from fastloss._numba.types import (
     AHEAD,
     BLOCK,
+    CACHED,
     CHUNK,
     COLUMNS,
     EIGHT,
@@ -45,6 +57,7 @@ from fastloss._numba.types import (
     INDEX,
     LANES,
     LEFT_OUT,
+    LOG_SOFTMAX,
     LOG_SUM,
     LOGSUMEXP,
     MASS,
@@ -211,6 +224,12 @@ def narrow_factor(e, factor):
 
 
 @inline
+def share_of_row(num_classes):
+    """What scale_sixteen and its like know a row by."""
+    return (1 << 24) // num_classes + 1
+
+
+@inline
 def scale_rows(kept, r, n, num_classes, scaled):
     """Times FACTOR."""
     f = lanes(kept)
@@ -224,9 +243,9 @@ def scale_rows(kept, r, n, num_classes, scaled):
             start = i * num_classes
             f[i] = narrow_factor(kept[start : start + num_classes], r[FACTOR + i])
     if can_permute(kept) and num_classes <= SHORT_ROW:
-        share = (1 << 24) // num_classes + 1
+        share = share_of_row(num_classes)
         for i in range(0, n, STEP):
-            scale_sixteen(kept, i * num_classes, num_classes, share, f, i, scaled)
+            scale_sixteen(scaled, i * num_classes, num_classes, share, i, kept, f)
         return
     for i in range(n):
         start = i * num_classes
@@ -278,19 +297,92 @@ def divide_rows(out, r, kept, scaled, first, n, plan):
 
 
 @inline
+def top_of_row(x, r, i, start, own, plan, buffer, ahead):
+    """The maximum, its exponential, and the sum of the others; in common units, or, if own, in
+    those of the maximum, which is known then."""
+    pivot, magic, highest = units_of_row(buffer.dtype.type(r[MAXIMUM + i]), own, buffer)
+    begin_top(r, i)
+    for c in range(0, plan.num_classes, BLOCK):
+        block = load_block(x, start + c, min(BLOCK, plan.num_classes - c), buffer, plan.storage)
+        maximum, top, others = top_block(block, pivot, magic, highest, x, start + c + ahead)
+        join_top(r, i, maximum, top, others)
+
+
+@inline
+def units_of_row(m, own, like):
+    if own:
+        return pivot_of(m), magic_of(m), like.dtype.type(np.inf)
+    return like.dtype.type(0), common_magic(like), highest_of(like)
+
+
+@inline
+def begin_top(r, i):
+    r[OTHERS + i] = 0.0
+    r[TOP + i] = 0.0
+    r[MAXIMUM + i] = -np.inf
+
+
+@inline
+def join_top(r, i, maximum, top, others):
+    """What top_of_row asks for, with one block more."""
+    r[OTHERS + i] += others + min(r[TOP + i], np.float64(top))
+    r[TOP + i] = max(r[TOP + i], np.float64(top))
+    r[MAXIMUM + i] = max(r[MAXIMUM + i], np.float64(maximum))
+
+
+@inline
+def scores_of_run(x, start, n, buffer, plan):
+    """The scores of short rows, where some before them may be read."""
+    scores = as_input(load_block(x, start, n, buffer, plan.storage))
+    if start > 0:
+        return scores
+    copy(buffer[:n], scores)
+    return as_input(buffer[:n])
+
+
+@inline
+def top_of_rows(x, scores, r, kept, first, plan, buffer, ahead):
+    """As top_of_row, in common units; of LANES short rows, some that stay in the nearest cache."""
+    num_classes = plan.num_classes
+    rows = LANES if LANES * num_classes <= CACHED else STEP
+    maximum, others, top = lanes(kept), lanes(kept), lanes(kept)
+    for i in range(LANES):
+        begin_top(r, i)
+    for part in range(0, LANES, rows):
+        exp_rows(x, kept, first + part, rows, plan, buffer, ahead)
+        start, stop = 0, (num_classes - 1) % (RUN * EIGHT) + 1
+        while stop <= num_classes:  # long sums in float64
+            for i in range(0, rows, EIGHT):
+                top_eight(
+                    scores, (part + i) * num_classes + start, kept, i * num_classes + start,
+                    num_classes, stop - start, maximum, others, top, i,
+                )  # fmt: skip
+            for i in range(rows):
+                join_top(r, part + i, maximum[i], top[i], np.float64(others[i]))
+            start, stop = stop, stop + RUN * EIGHT
+
+
+@inline
+def find_untamed_by_top(r, n, like):
+    for i in range(n):
+        r[TARGET_EXP + i] = r[TOP + i]
+        r[ROW_WEIGHT + i] = 1.0
+        r[TARGET_WEIGHT + i] = 1.0
+    return find_untamed(r, n, 1.0, like)
+
+
+@inline
 def log_softmax_rows(x, out, r, scratch, first, n, plan):
     """log_softmax; or only what logsumexp needs."""
-    buffer, line, kept = row_scratch(scratch)
+    buffer, _, kept = row_scratch(scratch)
     real = scratch.dtype.type
     ahead = min(n * plan.row_step, AHEAD)
-    largest_of_rows(x, first, n, plan, r, buffer)
     for i in range(n):
-        start = (first + i) * plan.row_step
-        m = real(r[MAXIMUM + i])
-        index = find_in_row(x, start, m, plan, buffer)
-        r[TARGET_LOGIT + i] = m
-        r[OTHERS + i] = exp_row(x, start, index, m, False, kept, plan, buffer, line, ahead)
-    add_exponentials(r, n, scratch)
+        top_of_row(x, r, i, (first + i) * plan.row_step, False, plan, buffer, ahead)
+    if find_untamed_by_top(r, n, buffer):
+        for i in range(n):
+            if r[OWN + i] != 0.0:
+                top_of_row(x, r, i, (first + i) * plan.row_step, True, plan, buffer, ahead)
     log_softmax_step(x, r, first, n, plan, buffer)
     if plan.operation == LOGSUMEXP:
         return
@@ -305,12 +397,47 @@ def log_softmax_rows(x, out, r, scratch, first, n, plan):
 
 
 @inline
+def log_softmax_run(x, out, r, kept, buffer, line, first, plan):
+    """log_softmax_rows of LANES short rows.  False, and nothing done, if some are untamed."""
+    num_classes = plan.num_classes
+    start, size = first * num_classes, LANES * num_classes
+    scores = scores_of_run(x, start, size, line, plan)
+    top_of_rows(x, scores, r, kept, first, plan, buffer, size)
+    if find_untamed_by_top(r, LANES, kept):
+        return False
+    log_softmax_step(x, r, first, LANES, plan, buffer)
+    if plan.operation == LOG_SOFTMAX:
+        shift_rows(scores, r, kept, num_classes)
+        store(out, start, kept[:size], plan.storage, plan.stream)
+    return True
+
+
+@inline
+def shift_rows(scores, r, to, num_classes):
+    m, log_sum = lanes(to), lanes(to)
+    for i in range(LANES):
+        m[i] = r[MAXIMUM + i]
+        log_sum[i] = r[LOG_SUM + i]
+    if can_permute(to):
+        share = share_of_row(num_classes)
+        for i in range(0, LANES, STEP):
+            shift_sixteen(to, i * num_classes, num_classes, share, i, scores, m, log_sum)
+        return
+    for i in range(LANES):
+        start, stop = i * num_classes, (i + 1) * num_classes
+        shift_block(scores[start:stop], m[i], log_sum[i], to[start:stop])
+
+
+@inline
 def log_softmax_step(x, r, first, n, plan, buffer):
     """The scalar step of log_softmax, and of logsumexp."""
     for i in range(n):
         r[LOG_SUM + i] = log1p(r[OTHERS + i] / r[TOP + i])
     if plan.operation == LOGSUMEXP:
+        infinite = 0
         for i in range(n):
+            infinite += r[MAXIMUM + i] - r[MAXIMUM + i] != 0.0
+        for i in range(n if infinite else 0):
             # Nothing but -inf, or a +inf: the maximum is all there is to the sum.
             if not math.isfinite(r[MAXIMUM + i]) and not row_holds_nan(
                 x, (first + i) * plan.row_step, plan, buffer

@@ -12,7 +12,15 @@ from numba import types
 
 from fastloss._numba.arithmetic import magic_of, pivot_of, power_of
 from fastloss._numba.backward import backward_block, is_huge, terms_of_block
-from fastloss._numba.blocks import exp_block, exp_run, find, largest, scale_kept, sum_kept
+from fastloss._numba.blocks import (
+    exp_block,
+    exp_run,
+    find,
+    largest,
+    scale_kept,
+    sum_kept,
+    top_block,
+)
 from fastloss._numba.jit import inline
 from fastloss._numba.losses import (
     add_exponentials,
@@ -23,14 +31,17 @@ from fastloss._numba.losses import (
 from fastloss._numba.machine import borrow
 from fastloss._numba.memory import load_block, load_one, store
 from fastloss._numba.rows import (
+    begin_top,
     find_untamed,
     gaps_of_block,
+    join_top,
     log_softmax_step,
     narrow_factor,
     reduce_to_nothing,
     relate_to_targets,
     row_scratch,
     shift_block,
+    units_of_row,
     write_block,
 )
 from fastloss._numba.targets import read_sample_weights, read_targets
@@ -60,14 +71,16 @@ from fastloss._numba.types import (
     TARGET_EXP,
     TARGET_LOGIT,
     TARGET_WEIGHT,
+    TOP,
     TOP_MASS,
     WRITE,
     Plan,
+    is_log,
 )
 
 # What a block was reduced to.
-HIGHEST, SUM, GAPS, MASSES, TOP_MASSES = range(5)
-FOUND = 5
+HIGHEST, SUM, TOPS, GAPS, MASSES, TOP_MASSES = range(6)
+FOUND = 6
 
 
 class Shared(NamedTuple):
@@ -119,9 +132,7 @@ def first_stage(shared, target, soft, weight, sample_weight, ignore_index, optio
     for i in range(plan.rows):
         r[OWN + i] = 0.0 if r[ROW_WEIGHT + i] == 0.0 else 1.0
         reduce_to_nothing(r, i)
-    if plan.operation == SOFTMAX or (target is not None and not asks_all_scores(soft, options)):
-        return COMMON_UNITS
-    return MAXIMA
+    return MAXIMA if asks_all_scores(soft, options) else COMMON_UNITS
 
 
 @inline
@@ -130,6 +141,7 @@ def next_stage(
     weight_sum,
 ):  # fmt: skip
     """What is left to do after a stage, which is put together here."""
+    plan = shared.plan
     if stage == FIRST:
         return first_stage(shared, target, soft, weight, sample_weight, ignore_index, options)
     if stage == WRITE:
@@ -139,11 +151,23 @@ def next_stage(
         return OWN_UNITS
     if stage == COMMON_UNITS:
         if join_in_common_units(shared, target, options):
-            return MAXIMA
+            return OWN_UNITS if is_log(plan.operation) else MAXIMA
     else:
         join_in_own_units(shared)
     finish_rows(shared, soft, options, losses, partial, weight_sum)
-    return WRITE if shared.out.size and shared.plan.operation != LOGSUMEXP else DONE
+    return WRITE if shared.out.size and plan.operation != LOGSUMEXP else DONE
+
+
+@inline
+def sum_up(shared, i):
+    """The sum of a row, and, where that leaves out the maximum, what top_of_row says."""
+    r, found = shared.r, shared.found
+    if not is_log(shared.plan.operation):
+        r[OTHERS + i] = sum_of_blocks(shared, SUM, i)
+        return
+    begin_top(r, i)
+    for place in range(i * shared.blocks, (i + 1) * shared.blocks):
+        join_top(r, i, found[HIGHEST, place], found[TOPS, place], found[SUM, place])
 
 
 @inline
@@ -159,9 +183,9 @@ def join_in_common_units(shared, target, options):
     """How many rows there are that common units are not for."""
     r, plan = shared.r, shared.plan
     for i in range(plan.rows):
-        r[OTHERS + i] = sum_of_blocks(shared, SUM, i)
+        sum_up(shared, i)
         if target is None:
-            r[TARGET_EXP + i] = r[OTHERS + i]
+            r[TARGET_EXP + i] = r[TOP + i] if is_log(plan.operation) else r[OTHERS + i]
     untamed = find_untamed(r, plan.rows, shared.scale, shared.buffer)
     if target is not None:
         relate_to_targets(shared.x, r, 0, plan.rows, plan, options)
@@ -200,8 +224,8 @@ def join_in_own_units(shared):
     for i in range(plan.rows):
         if r[OWN + i] == 0.0:
             continue
-        r[OTHERS + i] = sum_of_blocks(shared, SUM, i)
-        if plan.operation == SOFTMAX:
+        sum_up(shared, i)
+        if plan.operation == SOFTMAX or is_log(plan.operation):
             continue
         r[GAP + i] = sum_of_blocks(shared, GAPS, i)
         r[MASS + i] = sum_of_blocks(shared, MASSES, i)
@@ -248,6 +272,12 @@ def take_block(stage, shared, soft, options, losses, place):
         write_shared_block(shared, soft, options, losses, i, c, x, e[:n])
     elif stage == MAXIMA:
         found[HIGHEST, place] = largest(x)
+    elif is_log(plan.operation):
+        m = buffer.dtype.type(r[MAXIMUM + i])
+        units = units_of_row(m, stage == OWN_UNITS, buffer)
+        found[HIGHEST, place], found[TOPS, place], found[SUM, place] = top_block(
+            x, *units, shared.x, start + c + BLOCK
+        )
     elif stage == COMMON_UNITS:
         exp_run(x, e, shared.x, start + c + BLOCK)
         if 0 <= index < n:

@@ -25,7 +25,7 @@ from fastloss._numba.arithmetic import (
     times,
     tiny_of,
 )
-from fastloss._numba.blocks import below, holds_nan
+from fastloss._numba.blocks import above, below, holds_nan
 from fastloss._numba.jit import inline, spliced, typed
 from fastloss._numba.losses import (
     add_exponentials,
@@ -35,7 +35,13 @@ from fastloss._numba.losses import (
 )
 from fastloss._numba.machine import eight_lanes, lanes, transpose
 from fastloss._numba.memory import carry_of, copy, fetch, load_block, load_into, store, store_run
-from fastloss._numba.rows import find_untamed
+from fastloss._numba.rows import (
+    begin_top,
+    find_untamed,
+    find_untamed_by_top,
+    join_top,
+    units_of_row,
+)
 from fastloss._numba.types import (
     EIGHT,
     FACTOR,
@@ -302,14 +308,63 @@ def softmax_tile(tile, e, r, x, later, plan):
 
 
 @inline
-def log_softmax_tile(tile, r, x, later, plan):
-    """log_softmax; or only what logsumexp needs."""
-    m, log_sum = lanes(tile), lanes(tile)
-    largest_in_lanes(tile, r, plan)
-    find_in_lanes(tile, r, plan)
+def top_of_tile(tile, r, x, later, plan):
+    """As top_of_row, of lanes, each by OWN in its own units, and in the order of rows.
+
+    Meanwhile memory is fetched, as in exp_tile.
+    """
+    num_classes, inner, step = plan.num_classes, plan.inner, plan.step
+    real = tile.dtype.type
+    pivot, magic, lowest, highest = lanes(tile), lanes(tile), lanes(tile), lanes(tile)
+    value, m = lanes(tile), lanes(tile)
+    others, top = eight_lanes(tile), eight_lanes(tile)
+    apart = LANES if inner == 1 else inner
+    o, i = divmod(later, inner)
+    start = o * num_classes * inner + i
     for j in range(LANES):
-        r[TARGET_LOGIT + j] = r[MAXIMUM + j]
-    exp_tile_from_maximum(tile, True, tile, False, r, x, later, plan)
+        pivot[j], magic[j], highest[j] = units_of_row(real(r[MAXIMUM + j]), r[OWN + j] != 0.0, tile)
+        lowest[j] = lowest_of(magic[j])
+        m[j] = -np.inf
+        begin_top(r, j)
+    for j in range(EIGHT * LANES):
+        others[j] = 0
+        top[j] = 0
+    for c in range(num_classes):
+        row = tile[c * step : c * step + LANES]
+        fetch(x, start + c * apart, LANES)
+        place = ((c - num_classes) & (EIGHT - 1)) * LANES
+        part, part_top = others[place : place + LANES], top[place : place + LANES]
+        for j in range(LANES):
+            m[j] = above(row[j], m[j])
+        for j in range(LANES):
+            value[j] = below(row[j], highest[j])
+        for j in range(LANES):
+            value[j] = exponential(value[j], pivot[j], magic[j], lowest[j])
+        for j in range(LANES):
+            part[j] += below(value[j], part_top[j])
+        for j in range(LANES):
+            part_top[j] = above(value[j], part_top[j])
+        if (num_classes - 1 - c) % (RUN * EIGHT) == 0:  # long sums in float64
+            for n in (4 * LANES, 2 * LANES, LANES):
+                for j in range(n):
+                    others[j] = (others[j] + others[n + j]) + below(top[n + j], top[j])
+                    top[j] = above(top[n + j], top[j])
+            for j in range(LANES):
+                join_top(r, j, m[j], top[j], np.float64(others[j]))
+            for j in range(EIGHT * LANES):
+                others[j] = 0
+                top[j] = 0
+
+
+@inline
+def log_softmax_tile(tile, r, x, later, plan):
+    """As log_softmax_rows."""
+    m, log_sum = lanes(tile), lanes(tile)
+    take_units(r, 0.0)
+    top_of_tile(tile, r, x, later, plan)
+    untamed = find_untamed_by_top(r, LANES, tile)
+    if untamed:
+        top_of_tile(tile, r, x, later, plan)
     for j in range(LANES):
         r[LOG_SUM + j] = log1p(r[OTHERS + j] / r[TOP + j])
     if plan.operation == LOGSUMEXP:
@@ -318,7 +373,7 @@ def log_softmax_tile(tile, r, x, later, plan):
                 tile[j:], plan.step, plan.num_classes
             ):
                 r[LOG_SUM + j] = 0.0
-        return
+        return untamed
     for j in range(LANES):
         m[j] = r[MAXIMUM + j]
         log_sum[j] = r[LOG_SUM + j]
@@ -326,6 +381,7 @@ def log_softmax_tile(tile, r, x, later, plan):
         row = tile[c * plan.step : c * plan.step + LANES]
         for j in range(LANES):
             row[j] = (row[j] - m[j]) - log_sum[j]
+    return untamed
 
 
 @inline

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from fastloss._numba.jit import inline
+
 LANES = 64  # samples in a tile
 CHUNK = 64  # classes of a row that are taken at a time: as many partial sums and maxima
 STEP = 16  # classes of a short row that are taken at a time
@@ -10,6 +12,7 @@ EIGHT = 8  # rows of at most SHORT_ROW classes are added up in as many parts
 RUN = 16  # float32 additions to one lane of a tile before the sum moves on to float64
 SHORT_ROW = 300  # rows of at most so many classes go into tiles
 GROUP = 8192  # elements of the rows that are taken together, at most LANES of them
+CACHED = 3072  # elements of short rows that are gone through twice, in three arrays
 TURN = 16  # classes of columns that are turned into rows at a time
 TURNED = 1 << 24  # elements of the columns that make up one unit of work, at most LANES of them
 PIECE = 32768  # classes of a long row that are worth a thread of their own
@@ -35,6 +38,13 @@ ROWS, TILES, COLUMNS = range(3)
     SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, SOFTMAX_BACKWARD, LOG_SOFTMAX_BACKWARD, CROSS_ENTROPY,
     CROSS_ENTROPY_SOFT, NLL,
 ) = range(8)  # fmt: skip
+
+
+@inline
+def is_log(operation):
+    """Whether rows are told by their maximum, and by the sum of the others over it."""
+    return operation in (LOG_SOFTMAX, LOGSUMEXP)
+
 
 # The stages of rows that threads share.
 FIRST, COMMON_UNITS, MAXIMA, OWN_UNITS, WRITE, DONE = range(6)
