@@ -148,8 +148,12 @@ static inline ptrdiff_t fl_floats_to_halves(const float* from, uint16_t* to, ptr
 }
 #endif
 
-/* A copy that goes past the caches: a large result is not read into them first. */
-static inline void fl_stream(char* to, const char* from, size_t size) {
+/* A copy that goes past the caches: a large result is not read into them first. By itself: among
+   much else the loop would want for registers. */
+#if defined(__GNUC__)
+__attribute__((noinline))
+#endif
+static void fl_stream(char* to, const char* from, size_t size) {
 #if defined(__SSE2__)
     size_t head = (size_t)(-(uintptr_t)to & 63);
     if (size >= head + 64) {
@@ -316,33 +320,49 @@ FL_TRANSPOSE(fl_transpose_d, double)
 FL_SUM_ROWS(fl_sum_rows_f, float, int32_t)
 FL_SUM_ROWS(fl_sum_rows_d, double, int64_t)
 
-/* Rows of n numbers that follow each other, in one run: times a factor each, or all replaced by it;
-   owner says whose each number of FL_ROWS rows is. */
+/* Rows of n numbers that follow each other, in one run: times a factor each, or all replaced by it,
+   or times a factor, less a shift times weights; owner says whose each number of FL_ROWS rows is,
+   and there are as many weights. */
 #define FL_ROWS 16
 #define FL_EACH_ROW(NAME, REAL, ROWS, STEP) \
     static inline void NAME(REAL* rows, ptrdiff_t n, const REAL* factor, const int32_t* owner) { \
         for (int i = 0; i < FL_ROWS; i += ROWS, rows += ROWS * n, factor += ROWS) \
             for (ptrdiff_t c = 0; c < n; c++) { STEP; } \
     }
-#define FL_OF_ROWS(TYPE, REAL, ROWS, LOAD, MULTIPLY, STORE, FACTOR) \
+#define FL_SHIFT_ROWS(NAME, REAL, ROWS, STEP) \
+    static inline void NAME(REAL* rows, ptrdiff_t n, const REAL* factor, const REAL* shift, \
+                            const REAL* weight, const int32_t* owner) { \
+        for (int i = 0; i < FL_ROWS; i += ROWS, rows += ROWS * n, factor += ROWS, shift += ROWS) \
+            for (ptrdiff_t c = 0; c < n; c++) { STEP; } \
+    }
+#define FL_OF_ROWS(TYPE, REAL, ROWS, LOAD, MULTIPLY, SUBTRACT, STORE, FACTOR) \
     FL_EACH_ROW(fl_scale_rows_##TYPE, REAL, ROWS, \
-                STORE(rows + c * ROWS, MULTIPLY(LOAD(rows + c * ROWS), FACTOR))) \
-    FL_EACH_ROW(fl_spread_rows_##TYPE, REAL, ROWS, STORE(rows + c * ROWS, FACTOR))
+                STORE(rows + c * ROWS, MULTIPLY(LOAD(rows + c * ROWS), FACTOR(factor)))) \
+    FL_EACH_ROW(fl_spread_rows_##TYPE, REAL, ROWS, STORE(rows + c * ROWS, FACTOR(factor))) \
+    FL_SHIFT_ROWS(fl_shift_rows_##TYPE, REAL, ROWS, \
+                  STORE(rows + c * ROWS, \
+                        SUBTRACT(MULTIPLY(LOAD(rows + c * ROWS), FACTOR(factor)), \
+                                 MULTIPLY(LOAD(weight + c * ROWS), FACTOR(shift)))))
 #define FL_ONE_ROW(TYPE, REAL) \
     FL_EACH_ROW(fl_scale_rows_##TYPE, REAL, 1, rows[c] *= factor[0]) \
-    FL_EACH_ROW(fl_spread_rows_##TYPE, REAL, 1, rows[c] = factor[0])
+    FL_EACH_ROW(fl_spread_rows_##TYPE, REAL, 1, rows[c] = factor[0]) \
+    FL_SHIFT_ROWS(fl_shift_rows_##TYPE, REAL, 1, \
+                  rows[c] = rows[c] * factor[0] - weight[c] * shift[0])
 #if defined(__AVX512F__)
-FL_OF_ROWS(f, float, 16, _mm512_loadu_ps, _mm512_mul_ps, _mm512_storeu_ps,
-           _mm512_permutexvar_ps(_mm512_loadu_si512(owner + c * 16), _mm512_loadu_ps(factor)))
-FL_OF_ROWS(d, double, 8, _mm512_loadu_pd, _mm512_mul_pd, _mm512_storeu_pd,
-           _mm512_permutexvar_pd(
-               _mm512_cvtepi32_epi64(_mm256_loadu_si256((const __m256i*)(owner + c * 8))),
-               _mm512_loadu_pd(factor)))
+#define FL_OWN_F(F) \
+    _mm512_permutexvar_ps(_mm512_loadu_si512(owner + c * 16), _mm512_loadu_ps(F))
+#define FL_OWN_D(F) \
+    _mm512_permutexvar_pd( \
+        _mm512_cvtepi32_epi64(_mm256_loadu_si256((const __m256i*)(owner + c * 8))), \
+        _mm512_loadu_pd(F))
+FL_OF_ROWS(f, float, 16, _mm512_loadu_ps, _mm512_mul_ps, _mm512_sub_ps, _mm512_storeu_ps, FL_OWN_F)
+FL_OF_ROWS(d, double, 8, _mm512_loadu_pd, _mm512_mul_pd, _mm512_sub_pd, _mm512_storeu_pd, FL_OWN_D)
 #else
 #if defined(__AVX2__)
-FL_OF_ROWS(f, float, 8, _mm256_loadu_ps, _mm256_mul_ps, _mm256_storeu_ps,
-           _mm256_permutevar8x32_ps(_mm256_loadu_ps(factor),
-                                    _mm256_loadu_si256((const __m256i*)(owner + c * 8))))
+#define FL_OWN_F(F) \
+    _mm256_permutevar8x32_ps(_mm256_loadu_ps(F), \
+                             _mm256_loadu_si256((const __m256i*)(owner + c * 8)))
+FL_OF_ROWS(f, float, 8, _mm256_loadu_ps, _mm256_mul_ps, _mm256_sub_ps, _mm256_storeu_ps, FL_OWN_F)
 #else
 FL_ONE_ROW(f, float)
 #endif

@@ -43,6 +43,11 @@ cdef extern from "machine.h":
     void fl_scale_rows_d(double*, Py_ssize_t, const double*, const int32_t*) noexcept nogil
     void fl_spread_rows_f(float*, Py_ssize_t, const float*, const int32_t*) noexcept nogil
     void fl_spread_rows_d(double*, Py_ssize_t, const double*, const int32_t*) noexcept nogil
+    void fl_shift_rows_f(
+        float*, Py_ssize_t, const float*, const float*, const float*, const int32_t*) noexcept nogil
+    void fl_shift_rows_d(
+        double*, Py_ssize_t, const double*, const double*, const double*, const int32_t*,
+    ) noexcept nogil
     void fl_transpose_f(const float*, Py_ssize_t, float*, Py_ssize_t) noexcept nogil
     void fl_transpose_d(const double*, Py_ssize_t, double*, Py_ssize_t) noexcept nogil
 
@@ -83,3 +88,14 @@ cdef inline void spread_sixteen(
         fl_spread_rows_f(rows, n, factor, owner)
     else:
         fl_spread_rows_d(rows, n, factor, owner)
+
+
+cdef inline void shift_sixteen(
+    real* rows, Py_ssize_t n, const real* factor, const real* shift, const real* weight,
+    const int32_t* owner,
+) noexcept nogil:
+    """Sixteen rows of n numbers times a factor each, less a shift each times the weights."""
+    if real is float:
+        fl_shift_rows_f(rows, n, factor, shift, weight, owner)
+    else:
+        fl_shift_rows_d(rows, n, factor, shift, weight, owner)

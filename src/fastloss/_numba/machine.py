@@ -186,51 +186,98 @@ def can_permute(typing_context, like):
     return types.boolean(like), lambda *_: ir.IntType(1)(able)
 
 
-@intrinsic
-def scale_sixteen(typing_context, e, start, n, share, f, first, to):
-    """16 rows of n numbers, at most SHORT_ROW, from e[start] on, to the same place of `to`.
+def _of_sixteen(context, builder, real, arguments, factors, finish):
+    """16 rows of n numbers, at most SHORT_ROW, in one run from an index on.
 
-    The first row times f[first], the next times the next, in one run: a vector of numbers takes
-    its factors from a vector of rows.  Number i is of row i / n, which is i * share / 2**24, share
-    being 2**24 / n rounded up.
+    A vector of numbers takes what is theirs of each array of factors, one a row from `first` on,
+    from a vector of rows: finish is called with the index of the numbers, that from the start of
+    the run, and these.  Number i is of row i / n, which is i * share / 2**24, share being 2**24 / n
+    rounded up.
     """
-    count = max((count for dtype, count in _permute if dtype == e.dtype), default=0)
+    start, n, share, first = arguments
+    count = max((count for dtype, count in _permute if dtype == real), default=0)
+    if not count:
+        return context.get_dummy_value()
+    size, vector = real.bitwidth // 8, ir.VectorType(context.get_data_type(real), count)
+    numbers = _numbers(size, count)
+    permute = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(vector, [vector, numbers.type]), _permute[real, count]
+    )
+    shift = _splat(builder, ir.Constant(numbers.type.element, 24), count)
+    shares = _splat(builder, _narrow(builder, share, size), count)
+    own = builder.mul(numbers, shares)
+    step = builder.mul(shares, _splat(builder, numbers.type.element(count), count))
+
+    def load(array_type, array, index):
+        place, _, _ = _vector_at(context, builder, array_type, array, index, count)
+        return builder.load(place, align=size)
+
+    def store(vector, array_type, array, index):
+        place, _, _ = _vector_at(context, builder, array_type, array, index, count)
+        builder.store(vector, place, align=size)
+
+    for group in range(0, STEP, count):
+        group = ir.Constant(n.type, group)
+        of_rows = [load(*factor, builder.add(first, group)) for factor in factors]
+        begin = builder.add(start, builder.mul(group, n))
+        owner = cgutils.alloca_once_value(builder, own)
+        with cgutils.for_range(builder, n) as loop:
+            i = builder.mul(loop.index, ir.Constant(n.type, count))
+            owners = builder.load(owner)
+            row = builder.lshr(owners, shift)
+            each = [builder.call(permute, [factor, row]) for factor in of_rows]
+            finish(load, store, builder.add(begin, i), i, *each)
+            builder.store(builder.add(owners, step), owner)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def scale_sixteen(typing_context, e, start, n, share, first, f, to):
+    """Sixteen rows of n numbers times a factor each, to the same place of `to`."""
 
     def generate(context, builder, signature, arguments):
-        e_type, _, _, _, f_type, _, to_type = signature.args
-        e, start, n, share, f, first, to = arguments
-        if not count:
-            return context.get_dummy_value()
-        _, scalar, vector = _vector_at(context, builder, e_type, e, start, count)
-        size = context.get_abi_sizeof(scalar)
-        numbers = _numbers(size, count)
-        permute = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector, numbers.type]),
-            _permute[e_type.dtype, count],
-        )  # fmt: skip
-        shift = _splat(builder, ir.Constant(numbers.type.element, 24), count)
-        shares = _splat(builder, _narrow(builder, share, size), count)
-        own = builder.mul(numbers, shares)
-        step = builder.mul(shares, _splat(builder, numbers.type.element(count), count))
-        for group in range(0, STEP, count):
-            group = ir.Constant(n.type, group)
-            place, _, _ = _vector_at(context, builder, f_type, f, builder.add(first, group), count)
-            factors = builder.load(place, align=size)
-            begin = builder.add(start, builder.mul(group, n))
-            owner = cgutils.alloca_once_value(builder, own)
-            with cgutils.for_range(builder, n) as loop:
-                i = builder.add(begin, builder.mul(loop.index, ir.Constant(n.type, count)))
-                source, _, _ = _vector_at(context, builder, e_type, e, i, count)
-                target, _, _ = _vector_at(context, builder, to_type, to, i, count)
-                owners = builder.load(owner)
-                each = builder.call(permute, [factors, builder.lshr(owners, shift)])
-                product = builder.fmul(builder.load(source, align=size), each)
-                builder.store(product, target, align=size)
-                builder.store(builder.add(owners, step), owner)
-        return context.get_dummy_value()
+        e, *places, f, to = zip(signature.args, arguments, strict=True)
+
+        def finish(load, store, i, _, factor):
+            store(builder.fmul(load(*e, i), factor), *to, i)
+
+        return _of_sixteen(context, builder, e[0].dtype, [p[1] for p in places], [f], finish)
 
     index = types.intp
-    return types.none(e, index, index, index, f, index, to), generate
+    return types.none(e, index, index, index, index, f, to), generate
+
+
+@intrinsic
+def spread_sixteen(typing_context, to, start, n, share, first, f):
+    """Sixteen rows of n numbers, each its factor."""
+
+    def generate(context, builder, signature, arguments):
+        to, *places, f = zip(signature.args, arguments, strict=True)
+
+        def finish(load, store, i, _, factor):
+            store(factor, *to, i)
+
+        return _of_sixteen(context, builder, to[0].dtype, [p[1] for p in places], [f], finish)
+
+    index = types.intp
+    return types.none(to, index, index, index, index, f), generate
+
+
+@intrinsic
+def shift_sixteen(typing_context, e, start, n, share, first, f, shift, weight, to):
+    """As scale_sixteen, less a shift each times the weights."""
+
+    def generate(context, builder, signature, arguments):
+        e, *places, f, shift, weight, to = zip(signature.args, arguments, strict=True)
+
+        def finish(load, store, i, k, factor, shift):
+            product = builder.fmul(load(*weight, k), shift)
+            store(builder.fsub(builder.fmul(load(*e, i), factor), product), *to, i)
+
+        return _of_sixteen(context, builder, e[0].dtype, [p[1] for p in places], [f, shift], finish)
+
+    index = types.intp
+    return types.none(e, index, index, index, index, f, shift, weight, to), generate
 
 
 @intrinsic
