@@ -33,11 +33,11 @@ ALONE = {
         "soft_block", "soft_gap", "soft_mass",
     },
     "Numba is told by None what is not given, and does not compile what asks for it": {
-        "asks_all_scores", "label_smoothing_of", "z_loss_of",
+        "label_smoothing_of", "z_loss_of", "is_smooth",
     },
     "Numba is told the operation when it compiles: there is a share for each": {
-        "is_backward", "is_nll", "has_losses", "has_soft_target", "writes_rows", "needs_maximum",
-        "is_flat", "next_stage_of_backward", "take_block_of_backward",
+        "is_backward", "is_nll", "has_losses", "has_soft_target", "writes_rows", "is_flat",
+        "next_stage_of_backward", "take_block_of_backward",
     },
     "Cython adds up rows of 129 classes and more as long rows where they are, Numba from 301 on": {
         "adds_as_rows", "fold_parts",
@@ -47,14 +47,15 @@ ALONE = {
         "hopeless_of", "is_hopeless", "are_hopeless", "find_hopeless", "untamed_of", "take_maxima",
         "exp_tile_untamed", "take_units",
     },
-    "Cython keeps whose each number of sixteen short rows is, Numba computes it": {
-        "begin_rows", "owners_of", "share_of_row",
+    "Cython keeps whose each number of sixteen short rows is and its weight, Numba computes it": {
+        "begin_rows", "owners_of", "weights_of", "terms_of", "share_of_row",
     },
     "Numba must ask whether the processor has the permutes": {"can_permute"},
     "Cython begins scratch with a cache line where it takes it": {"from_line"},
     "targets of all rows at once, where Cython goes row by row": {"places_of", "put_left_out"},
     "short rows are a layout in Cython, and a way to take a tile in Numba": {
-        "is_short", "short_unit", "exp_rows_of_softmax", "divide_rows", "write_plain_rows",
+        "is_short", "short_unit", "exp_rows_of_softmax", "divide_rows", "write_run",
+        "gaps_of_sixteen", "gaps_of_short_rows", "smooth_rows", "narrow_factors_of_rows",
         "log_softmax_run", "find_untamed_by_top",
     },
     "what blocks are reduced to lies field by field in Numba": {"sum_of_blocks"},

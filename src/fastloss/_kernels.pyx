@@ -25,8 +25,8 @@ taken in one run of many rows, wherever each ends. A row that is not so tame has
 power of two near its maximum. Which of the two it is the row decides by itself, by its own scores
 and weight (in_common_units), so that its bits do not depend on what is around it: what would
 overflow is cut off, and shows in the sum. Only the way there depends on the rows before.
-Where smoothing or soft targets ask how far all scores are from the maximum, rows have their own
-units.
+Where soft targets ask how far all scores are from the maximum, rows have their own units. Label
+smoothing asks how far they are from the target, unless that counts for too little.
 
 The sum leaves one class out (the target, or the maximum), which is what makes small losses exact.
 Where units are common, others are related to the target itself: a loss is log1p(others / e_y). Of
@@ -35,7 +35,8 @@ all is the maximum's, whichever class that is.
 0 * inf counts as 0.
 
 The hot loops are those over CHUNK or LANES in largest, exp_run, exp_block, top_block, exp_tile,
-write_tile and transpose, sum_eight, top_eight, shift_sixteen, scale_sixteen and spread_sixteen, and those of scale_row, terms_of_run,
+write_tile and transpose, {sum,top}_eight, gap_run, {scale,spread,shift,smooth}_sixteen, and those of
+scale_row, terms_of_run,
 finish_run, plain_step and cross_entropy_step.
 In the assembly (objdump -d) they must be straight runs of packed instructions, zmm registers in the
 v4 build and ymm in v3, without a call, a scalar instruction or a gather.  exp_run is bound by its
@@ -225,7 +226,8 @@ cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
         job.numbers = row_numbers(job)
         if is_short(job):
             job.numbers += job.summed * C + CHUNK  # scores of log_softmax_rows
-            job.numbers = max(job.numbers, tile_numbers(job)) + FL_ROWS * C
+            job.numbers = max(job.numbers, tile_numbers(job)) + (3 if is_smooth(job) else 1) * (
+                FL_ROWS * C)
         if job.layout == COLUMNS:
             columns = <Py_ssize_t>TURNED // C // TURN * TURN
             job.group = min(max(columns, <Py_ssize_t>TURN), <Py_ssize_t>LANES)
@@ -370,7 +372,12 @@ cdef int target_kind_of(cnp.ndarray target) except -1:
 cdef cnp.ndarray add_relative_weight(Job* job, cnp.ndarray weight):
     """Return what must stay alive as long as the job."""
     cdef cnp.ndarray relative
+    cdef double smoothing = job.options.label_smoothing, least = 1.0, mean = 1.0
     job.largest_weight = 1.0
+    if weight is not None and smoothing != 0.0:
+        least, mean = np.abs(weight).min(), np.abs(weight).mean()
+    # Of what is related to the target, only as much may cancel as its own loss comes to.
+    job.tame_scale = job.scale if (1.0 - smoothing) * least >= smoothing * mean else 0.0
     if weight is None:
         return None
     job.largest_weight = np.abs(weight).max()

@@ -237,13 +237,11 @@ cdef inline double gap_block(
     const real* x, const real* weight, Py_ssize_t n, real m
 ) noexcept nogil:
     """sum of w_c (m - x_c), w_c relative; in float64 where it leaves the range of x."""
-    cdef double wide[CHUNK]
     cdef real lane[CHUNK]
     cdef double total
-    cdef Py_ssize_t chunk, i, j, width
+    cdef Py_ssize_t chunk, i, j
     for j in range(CHUNK):
         lane[j] = 0
-        wide[j] = 0.0
     for chunk in range(n // CHUNK):
         i = chunk * CHUNK
         if weight == NULL:
@@ -255,15 +253,31 @@ cdef inline double gap_block(
     for j in range(n - n % CHUNK, n):
         lane[j % CHUNK] += m - x[j] if weight == NULL else times(weight[j], m - x[j])
     total = fold(lane)
-    if is_finite(total):
-        return total
-    for chunk in range((n + CHUNK - 1) // CHUNK):
-        i = chunk * CHUNK
-        width = min(n - i, <Py_ssize_t>CHUNK)
-        for j in range(width):
-            wide[j] += times(<double>1.0 if weight == NULL else <double>weight[i + j],
-                             <double>m - <double>x[i + j])
-    return fold(wide)
+    return total if is_finite(total) else wide_gap(x, 1, weight, n, m)
+
+
+cdef double wide_gap(
+    const real* x, Py_ssize_t step, const real* weight, Py_ssize_t n, real m
+) noexcept nogil:
+    """As gap_block, in float64."""
+    cdef double lane[CHUNK]
+    cdef double w
+    cdef Py_ssize_t j
+    for j in range(CHUNK):
+        lane[j] = 0.0
+    for j in range(n):
+        w = 1.0 if weight == NULL else weight[j]
+        lane[j % CHUNK] += times(w, <double>m - <double>x[j * step])
+    return fold(lane)
+
+
+cdef inline void gap_run(
+    const real* x, const real* weight, Py_ssize_t n, real* terms
+) noexcept nogil:
+    """w_c (m - x_c), in place of m."""
+    cdef Py_ssize_t j
+    for j in range(n):
+        terms[j] = times(weight[j], terms[j] - x[j])
 
 
 cdef inline void soft_block(

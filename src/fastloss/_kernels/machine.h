@@ -148,8 +148,12 @@ static inline ptrdiff_t fl_floats_to_halves(const float* from, uint16_t* to, ptr
 }
 #endif
 
-/* A copy that goes past the caches: a large result is not read into them first. */
-static inline void fl_stream(char* to, const char* from, size_t size) {
+/* A copy that goes past the caches: a large result is not read into them first. By itself: among
+   much else the loop would want for registers. */
+#if defined(__GNUC__)
+__attribute__((noinline))
+#endif
+static void fl_stream(char* to, const char* from, size_t size) {
 #if defined(__SSE2__)
     size_t head = (size_t)(-(uintptr_t)to & 63);
     if (size >= head + 64) {
@@ -439,8 +443,9 @@ FL_TOP_VECTORS(d, double, int64_t, __m512d, _mm512_min_pd, _mm512_max_pd)
 FL_TOP_LOOPS(d, double)
 #endif
 
-/* Rows of n numbers that follow each other, in one run: times a factor each, all replaced by it, or
-   less two such; owner says whose each number of FL_ROWS rows is. */
+/* Rows of n numbers that follow each other, in one run: times a factor each, all replaced by it, less
+   two such, or times a factor and less a share of the weights; owner says whose each number of
+   FL_ROWS rows is, and there are as many weights. */
 #define FL_ROWS 16
 #define FL_EACH_ROW(ROWS, STEP) \
     for (int i = 0; i < FL_ROWS; i += ROWS) \
@@ -457,6 +462,12 @@ FL_TOP_LOOPS(d, double)
     static inline void fl_shift_rows_##TYPE(const REAL* rows, ptrdiff_t n, const REAL* m, \
                                             const REAL* rest, const int32_t* owner, REAL* to) { \
         FL_EACH_ROW(ROWS, STORE(to + c, SUBTRACT(SUBTRACT(LOAD(rows + c), OF(m)), OF(rest)))) \
+    } \
+    static inline void fl_smooth_rows_##TYPE(REAL* rows, ptrdiff_t n, const REAL* factor, \
+                                             const REAL* share, const REAL* weight, \
+                                             const int32_t* owner) { \
+        FL_EACH_ROW(ROWS, STORE(rows + c, SUBTRACT(MULTIPLY(LOAD(rows + c), OF(factor)), \
+                                                   MULTIPLY(LOAD(weight + c), OF(share))))) \
     }
 #if defined(__AVX512F__)
 #define FL_OF_16(p) _mm512_permutexvar_ps(_mm512_loadu_si512(owner + c), _mm512_loadu_ps(p))

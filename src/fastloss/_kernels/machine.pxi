@@ -54,6 +54,11 @@ cdef extern from "machine.h":
                          float*) noexcept nogil
     void fl_shift_rows_d(const double*, Py_ssize_t, const double*, const double*, const int32_t*,
                          double*) noexcept nogil
+    void fl_smooth_rows_f(
+        float*, Py_ssize_t, const float*, const float*, const float*, const int32_t*) noexcept nogil
+    void fl_smooth_rows_d(
+        double*, Py_ssize_t, const double*, const double*, const double*, const int32_t*,
+    ) noexcept nogil
     void fl_transpose_f(const float*, Py_ssize_t, float*, Py_ssize_t) noexcept nogil
     void fl_transpose_d(const double*, Py_ssize_t, double*, Py_ssize_t) noexcept nogil
 
@@ -114,3 +119,14 @@ cdef inline void shift_sixteen(
         fl_shift_rows_f(rows, n, m, rest, owner, to)
     else:
         fl_shift_rows_d(rows, n, m, rest, owner, to)
+
+
+cdef inline void smooth_sixteen(
+    real* rows, Py_ssize_t n, const real* factor, const real* share, const real* weight,
+    const int32_t* owner,
+) noexcept nogil:
+    """Sixteen rows of n numbers times a factor each, less a share each of the weights."""
+    if real is float:
+        fl_smooth_rows_f(rows, n, factor, share, weight, owner)
+    else:
+        fl_smooth_rows_d(rows, n, factor, share, weight, owner)

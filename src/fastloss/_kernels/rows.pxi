@@ -23,14 +23,31 @@ cdef inline int32_t* owners_of(const Job* job, real* scratch) noexcept nogil:
     return <int32_t*>(scratch + job.numbers - LINE // 4 - FL_ROWS * job.num_classes)
 
 
+cdef inline real weight_of(const Job* job, Py_ssize_t c, real unused) noexcept nogil:
+    """The weight of a class, relative to the largest in magnitude."""
+    return <real>1.0 if job.weight == NULL else (<const real*>job.relative_weight)[c]
+
+
+cdef inline real* terms_of(const Job* job, real* scratch) noexcept nogil:
+    """Of short rows with label smoothing: what is added up of FL_ROWS."""
+    return <real*>owners_of(job, scratch) - FL_ROWS * job.num_classes
+
+
+cdef inline real* weights_of(const Job* job, real* scratch) noexcept nogil:
+    """Of short rows with label smoothing: the relative weight of each of these terms."""
+    return terms_of(job, scratch) - FL_ROWS * job.num_classes
+
+
 cdef inline void begin_rows(const Job* job, real* scratch) noexcept nogil:
     cdef int32_t* owner = owners_of(job, scratch)
+    cdef real* weight = weights_of(job, scratch)
     cdef Py_ssize_t i, c
     untamed_of(job, scratch)[0] = False
-    if is_short(job):
-        for i in range(FL_ROWS):
-            for c in range(job.num_classes):
-                owner[i * job.num_classes + c] = <int32_t>i
+    for i in range(FL_ROWS if is_short(job) else 0):
+        for c in range(job.num_classes):
+            owner[i * job.num_classes + c] = <int32_t>i
+            if is_smooth(job):
+                weight[i * job.num_classes + c] = weight_of(job, c, scratch[0])
 
 
 cdef inline void store_rows(
@@ -189,26 +206,35 @@ cdef inline real narrow_factor(real* e, Py_ssize_t n, double factor) noexcept no
 
 
 cdef inline void scale_rows(
-    const Job* job, Py_ssize_t n, real* e, const double* factor, real* scratch
+    const Job* job, Py_ssize_t n, real* e, const Rows* r, real* scratch
 ) noexcept nogil:
+    """factor * e_c, and with label smoothing, of short rows, less spread * w_c."""
     cdef real f[LANES]
+    cdef real spread[LANES]
     cdef real power = power_of(e[0]), tiny = tiny_of(e[0])
     cdef double narrow
     cdef int small = 0
     cdef Py_ssize_t C = job.num_classes, i
     if adds_as_rows(job):
         for i in range(n):
-            scale_row(e + i * C, C, factor[i])
+            scale_row(e + i * C, C, r.factor[i])
         return
     for i in range(n):
-        narrow = factor[i] * power
+        narrow = r.factor[i] * power
         f[i] = <real>narrow
-        small |= (-tiny < narrow) & (narrow < tiny) & (factor[i] != 0.0)
+        small |= (-tiny < narrow) & (narrow < tiny) & (r.factor[i] != 0.0)
     if small:
         for i in range(n):
-            f[i] = narrow_factor(e + i * C, C, factor[i])
+            f[i] = narrow_factor(e + i * C, C, r.factor[i])
+    if not is_smooth(job):
+        for i in range(0, n, 16):
+            scale_sixteen(e + i * C, C, f + i, owners_of(job, scratch))
+        return
+    for i in range(n):
+        spread[i] = <real>(r.spread[i] * job.largest_weight)
     for i in range(0, n, 16):
-        scale_sixteen(e + i * C, C, f + i, owners_of(job, scratch))
+        smooth_sixteen(e + i * C, C, f + i, spread + i, weights_of(job, scratch),
+                       owners_of(job, scratch))
 
 
 cdef inline bint are_hopeless(
@@ -255,7 +281,7 @@ cdef bint softmax_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept 
                                       kept + i * job.num_classes, scratch)
     for i in range(n):
         r.factor[i] = 1.0 / (r.others[i] * power_of(scratch[0]))
-    scale_rows(job, n, kept, r.factor, scratch)
+    scale_rows(job, n, kept, &r, scratch)
     store_rows(job, first, n, kept)
     return True
 
@@ -451,21 +477,22 @@ cdef inline bint reduce_rows(
     softmax_rows.
     """
     cdef Py_ssize_t i
-    cdef bint apart = needs_maximum(job, operation), untamed
-    if has_soft_target(operation):
+    cdef bint soft = has_soft_target(operation), untamed = True
+    if soft:
         read_sample_weights(job, first, n, r)
     else:
         read_targets(job, first, n, index, r)
-    if not apart:
         untamed = exp_rows_from_target(job, first, n, r, index, kept, scratch)
         untamed_of(job, scratch)[0] = untamed
-        if not untamed or is_short(job):
-            return not untamed
-    for i in range(n):
-        if apart and r.row_weight[i] == 0.0:
+        if untamed and is_short(job):
+            return False
+    for i in range(n if untamed else 0):
+        if soft and r.row_weight[i] == 0.0:
             reduce_to_nothing(i, r)
-        elif apart or r.own[i]:
+        elif soft or r.own[i]:
             reduce_row(job, operation, first + i, i, r, index, kept + i * job.num_classes, scratch)
+    if is_smooth(job):
+        gaps_of_rows(job, first, n, r, scratch)
     return True
 
 
@@ -489,7 +516,7 @@ cdef inline bint exp_rows_from_target(
         exp_rows(job, first, n, kept, scratch)
         take_targets(job, n, r, index, kept)
         sum_rows(job, n, kept, r.others)
-        untamed = find_untamed(r, n, job.scale, kept[0])
+        untamed = find_untamed(r, n, job.tame_scale, kept[0])
     relate_to_targets(job, first, n, r, index, scratch)
     return untamed
 
@@ -503,7 +530,7 @@ cdef inline void relate_to_targets(
     for i in range(n):
         r.maximum[i] = r.target_logit[i] = r.gap[i] = 0.0
         r.top[i] = r.target_exp[i]
-    if job.options.z_loss != 0.0:
+    if job.options.label_smoothing != 0.0 or job.options.z_loss != 0.0:
         for i in range(n):
             x = row_of(job, job.logits, job.storage, first + i)
             r.maximum[i] = r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
@@ -537,11 +564,11 @@ cdef void reduce_row(
     r.gap[i] = r.mass[i] = r.top_mass[i] = 0.0
     if has_soft_target(operation):
         index[i] = find_in_row(job, x, m, scratch)
-    for b in range(blocks_in(job.num_classes) if needs_maximum(job, operation) else 0):
-        gaps_of_block(job, row, b, m, index[i], &block, scratch)
-        r.gap[i] += block.gap
-        r.mass[i] += block.mass
-        r.top_mass[i] += block.top_mass
+        for b in range(blocks_in(job.num_classes)):
+            gaps_of_block(job, row, b, m, index[i], &block, scratch)
+            r.gap[i] += block.gap
+            r.mass[i] += block.mass
+            r.top_mass[i] += block.top_mass
     r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
     r.others[i] = exp_row(job, x, index[i], m, kept, scratch)
     add_exponentials(r, i, 1, m)
@@ -551,30 +578,77 @@ cdef void gaps_of_block(
     const Job* job, Py_ssize_t row, Py_ssize_t b, real m, Py_ssize_t index, Block* block,
     real* scratch,
 ) noexcept nogil:
-    """sum w_c t_c (m - x_c), the sum of w_c t_c without the maximum, and its w_k t_k.
-
-    Where targets are indices, only the first, without t_c: it is for label smoothing.
-    """
+    """sum w_c t_c (m - x_c), the sum of w_c t_c without the maximum, and its w_k t_k."""
     cdef Py_ssize_t c = b * BLOCK, n = min(job.num_classes - c, <Py_ssize_t>BLOCK), k
     cdef const real* x = load_block(
         job.storage, row_of(job, job.logits, job.storage, row), c, n, scratch)
-    cdef const real* weight = NULL if job.weight == NULL else <const real*>job.relative_weight + c
-    cdef const real* t
+    cdef const real* t = load_block(
+        job.other_storage, row_of(job, job.other, job.other_storage, row), c, n, scratch + BLOCK)
     block.gap = block.mass = block.top_mass = 0.0
-    if job.other == NULL:
-        block.gap = gap_block(x, weight, n, m)
-    else:
-        t = load_block(job.other_storage, row_of(job, job.other, job.other_storage, row), c, n,
-                       scratch + BLOCK)
-        k = min(max(index - c, <Py_ssize_t>0), n)
-        soft_block(job, x, t, c, k, m, &block.gap, &block.mass)
-        if k < n and c + k == index:
-            soft_block(job, x + k, t + k, index, 1, m, &block.gap, &block.top_mass)
-            k += 1
-        soft_block(job, x + k, t + k, c + k, n - k, m, &block.gap, &block.mass)
+    k = min(max(index - c, <Py_ssize_t>0), n)
+    soft_block(job, x, t, c, k, m, &block.gap, &block.mass)
+    if k < n and c + k == index:
+        soft_block(job, x + k, t + k, index, 1, m, &block.gap, &block.top_mass)
+        k += 1
+    soft_block(job, x + k, t + k, c + k, n - k, m, &block.gap, &block.mass)
     block.gap *= job.largest_weight
     block.mass *= job.largest_weight
     block.top_mass *= job.largest_weight
+
+
+cdef inline double gap_of_block(
+    const Job* job, const char* x, Py_ssize_t b, real m, real* scratch
+) noexcept nogil:
+    """sum of w_c (m - x_c), w_c relative."""
+    cdef Py_ssize_t c = b * BLOCK, n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+    cdef const real* weight = NULL if job.weight == NULL else <const real*>job.relative_weight + c
+    return gap_block(load_block(job.storage, x, c, n, scratch), weight, n, m)
+
+
+cdef inline void gaps_of_rows(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, Rows* r, real* scratch
+) noexcept nogil:
+    """As gap_of_block, of whole rows, and the weights as they are."""
+    cdef real m[LANES]
+    cdef real sums[LANES]
+    cdef const real* weight = <const real*>job.relative_weight
+    cdef const char* x
+    cdef Py_ssize_t C = job.num_classes, i, b
+    for i in range(n):
+        m[i] = <real>r.maximum[i]
+        r.gap[i] = 0.0
+    for i in range(n if adds_as_rows(job) else 0):
+        x = row_of(job, job.logits, job.storage, first + i)
+        for b in range(blocks_in(C)):
+            r.gap[i] += gap_of_block(job, x, b, m[i], scratch)
+    for i in range(0, 0 if adds_as_rows(job) else n, 16):
+        gaps_of_sixteen(job, first + i, min(n - i, <Py_ssize_t>16), m + i, sums + i,
+                        scratch)
+    for i in range(n):
+        if not adds_as_rows(job):
+            r.gap[i] = sums[i]
+            if not is_finite(sums[i]):
+                x = row_of(job, job.logits, job.storage, first + i)
+                r.gap[i] = wide_gap(load_block(job.storage, x, 0, C, scratch), 1, weight, C,
+                                    m[i])
+        r.gap[i] *= job.largest_weight
+
+
+cdef inline void gaps_of_sixteen(
+    const Job* job, Py_ssize_t first, Py_ssize_t n, const real* m, real* sums,
+    real* scratch,
+) noexcept nogil:
+    """Of n short rows, 16 at most."""
+    cdef real* terms = terms_of(job, scratch)
+    cdef Py_ssize_t C = job.num_classes, c, width, b
+    spread_sixteen(terms, C, m, owners_of(job, scratch))
+    for b in range(blocks_in(n * C)):
+        c = b * BLOCK
+        width = min(n * C - c, <Py_ssize_t>BLOCK)
+        gap_run(load_block(job.storage, job.logits, first * C + c, width, scratch),
+                weights_of(job, scratch) + c, width, terms + c)
+    sum_eight(terms, C, sums)
+    sum_eight(terms + 8 * C, C, sums + 8)
 
 
 cdef inline void write_rows(
@@ -584,7 +658,7 @@ cdef inline void write_rows(
     cdef real left_out[LANES]
     cdef Py_ssize_t C = job.num_classes, i
     cdef int dead = 0
-    if job.other != NULL or job.options.label_smoothing != 0.0:
+    if job.other != NULL or (is_smooth(job) and adds_as_rows(job)):
         for i in range(n):
             write_row(job, first + i, i, r, index[i], kept + i * C, scratch)
     else:
@@ -594,7 +668,7 @@ cdef inline void write_rows(
             for i in range(n):
                 if r.row_weight[i] == 0.0:
                     memset(kept + i * C, 0, C * sizeof(real))
-        scale_rows(job, n, kept, r.factor, scratch)
+        scale_rows(job, n, kept, r, scratch)
         for i in range(n):
             left_out[i] = <real>r.left_out[i]
         for i in range(n):

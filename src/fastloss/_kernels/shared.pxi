@@ -22,7 +22,7 @@ cdef inline Stage first_stage(Shared* shared, real* scratch) noexcept nogil:
     for i in range(job.rows):
         r.own[i] = r.row_weight[i] != 0.0
         reduce_to_nothing(i, r)
-    if is_backward(shared.operation) or is_flat(job, shared.operation):
+    if is_backward(shared.operation) or is_flat(shared.job, shared.operation):
         return COMMON_UNITS
     return MAXIMA
 
@@ -42,8 +42,12 @@ cdef inline Stage next_stage(Shared* shared, real* scratch) noexcept nogil:
         if join_in_common_units(shared, scratch):
             known = is_backward(shared.operation) or is_log(shared.operation)
             return OWN_UNITS if known else MAXIMA
-    else:
+    elif shared.stage == OWN_UNITS:
         join_in_own_units(shared, scratch)
+    else:
+        join_gaps(shared)
+    if is_smooth(job) and shared.stage != GAPS:
+        return GAPS
     finish_rows(shared, scratch)
     return WRITE if job.out != NULL and shared.operation != LOGSUMEXP else DONE
 
@@ -82,7 +86,7 @@ cdef inline bint join_in_common_units(Shared* shared, real* scratch) noexcept no
         for i in range(n):
             r.target_exp[i] = r.others[i] if shared.operation == SOFTMAX else r.top[i]
         return find_untamed(r, n, 1.0, scratch[0])
-    found = find_untamed(r, n, job.scale, scratch[0])
+    found = find_untamed(r, n, job.tame_scale, scratch[0])
     relate_to_targets(job, 0, n, r, shared.index, scratch)
     return found
 
@@ -137,6 +141,15 @@ cdef inline void join_in_own_units(Shared* shared, real* scratch) noexcept nogil
         add_exponentials(r, i, 1, scratch[0])
 
 
+cdef inline void join_gaps(Shared* shared) noexcept nogil:
+    cdef Py_ssize_t i, b
+    for i in range(shared.job.rows):
+        shared.r.gap[i] = 0.0
+        for b in range(shared.blocks):
+            shared.r.gap[i] += shared.block[i * shared.blocks + b].gap
+        shared.r.gap[i] *= shared.job.largest_weight
+
+
 cdef inline void finish_rows(Shared* shared, real* scratch) noexcept nogil:
     """The scalar step."""
     cdef const Job* job = shared.job
@@ -171,6 +184,8 @@ cdef void take_block(Shared* shared, Py_ssize_t i, Py_ssize_t b, real* scratch) 
         write_shared_block(shared, i, b, x, e, scratch)
     elif shared.stage == MAXIMA:
         block.maximum = largest(x, n)
+    elif shared.stage == GAPS:
+        block.gap = gap_of_block(job, row, b, <real>shared.r.maximum[i], scratch)
     elif is_backward(operation):
         block.sum = terms_of_block(job, operation, i, b, shared.stage == OWN_UNITS, scratch)
         if operation == LOG_SOFTMAX_BACKWARD and shared.stage == COMMON_UNITS:
@@ -186,7 +201,7 @@ cdef void take_block(Shared* shared, Py_ssize_t i, Py_ssize_t b, real* scratch) 
         block.sum = sum_kept(e, n)
     else:
         block.gap = block.mass = block.top_mass = 0.0
-        if needs_maximum(job, operation):
+        if has_soft_target(operation):
             gaps_of_block(job, i, b, m, shared.index[i], block, scratch)
         block.sum = exp_block(x, n, shared.index[i] - c, pivot_of(m), magic_of(m), e, later,
                               CHUNK * size)
@@ -206,7 +221,7 @@ cdef inline void write_shared_block(
     elif r.row_weight[i] == 0.0:
         memset(e, 0, n * sizeof(real))
     else:
-        if needs_maximum(job, operation):
+        if job.other != NULL or is_smooth(job):
             write_block(job, i, b, i, r, e, scratch)
         else:
             scale_row(e, n, r.factor[i])
@@ -221,5 +236,5 @@ cdef inline void take_blocks(
     cdef Py_ssize_t place, i
     for place in range(first, last):
         i = place // shared.blocks
-        if shared.stage == COMMON_UNITS or shared.stage == WRITE or shared.r.own[i]:
+        if shared.r.own[i] or shared.stage in (COMMON_UNITS, GAPS, WRITE):
             take_block(shared, i, place % shared.blocks, scratch)

@@ -263,11 +263,6 @@ cdef inline void narrow_factors(const Job* job, real* tile, const Rows* r, real*
                 tile[c * step + j] *= power
 
 
-cdef inline real weight_of(const Job* job, Py_ssize_t c, real unused) noexcept nogil:
-    """The weight of a class, relative to the largest in magnitude."""
-    return <real>1.0 if job.weight == NULL else (<const real*>job.relative_weight)[c]
-
-
 cdef inline void find_hopeless(
     const Job* job, const real* tile, int32_t* own, Rows* r, const int32_t* untamed
 ) noexcept nogil:
@@ -434,7 +429,7 @@ cdef void loss_tile(
     job.partial[first // LANES] = deliver_losses(job, first, n, r.loss)
     if job.out == NULL:
         return
-    write_tile(job, &r, index, tile if needs_maximum(job, operation) else other, tile,
+    write_tile(job, &r, index, tile if has_soft_target(operation) else other, tile,
                other if has_soft_target(operation) else NULL)
 
 
@@ -453,20 +448,20 @@ cdef inline void reduce_tile(
     if has_soft_target(operation):
         read_sample_weights(job, first, n, r)
         clear_dead_lanes(job, r, other)
+        clear_dead_lanes(job, r, tile)
+        largest_in_lanes(job, tile, maximum)
+        find_in_lanes(job, tile, maximum, index)
+        soft_gaps_of_tile(job, tile, other, maximum, index, r)
+        take_target_logits(job, tile, index, r)
+        exp_tile_from_maximum(job, first, tile, maximum, index, tile, r)
     else:
         read_targets(job, first, n, y, r)
         for j in range(LANES):
             index[j] = <int32_t>y[j]
-    clear_dead_lanes(job, r, tile)
-    if needs_maximum(job, operation):
-        largest_in_lanes(job, tile, maximum)
-        if has_soft_target(operation):
-            find_in_lanes(job, tile, maximum, index)
-        gaps_of_tile(job, tile, other if has_soft_target(operation) else NULL, maximum, index, r)
-        take_target_logits(job, tile, index, r)
-        exp_tile_from_maximum(job, first, tile, maximum, index, tile, r)
-    else:
+        clear_dead_lanes(job, r, tile)
         exp_tile_from_target(job, first, tile, index, other, r, untamed)
+    if is_smooth(job):
+        gaps_of_tile(job, tile, r)
 
 
 cdef inline void take_target_logits(
@@ -495,9 +490,9 @@ cdef inline void exp_tile_from_target(
     int32_t* last,
 ) noexcept nogil:
     """exp_tile_untamed, with the target as what others are related to, where that does."""
-    cdef bint untamed = exp_tile_untamed(job, first, tile, index, job.scale, e, r, last)
+    cdef bint untamed = exp_tile_untamed(job, first, tile, index, job.tame_scale, e, r, last)
     cdef Py_ssize_t j
-    if untamed or job.options.z_loss != 0.0:
+    if untamed or job.options.label_smoothing != 0.0 or job.options.z_loss != 0.0:
         take_target_logits(job, tile, index, r)
     else:
         for j in range(LANES):
@@ -521,11 +516,34 @@ cdef inline void take_tops(Rows* r, real unused) noexcept nogil:
             r.top[j] = exponential(m, pivot_of(m), magic, lowest_of(magic))
 
 
-cdef inline void gaps_of_tile(
+cdef inline void gaps_of_tile(const Job* job, const real* tile, Rows* r) noexcept nogil:
+    """As gaps_of_rows."""
+    cdef real parts[CHUNK * LANES]
+    cdef real m[LANES]
+    cdef real w
+    cdef int32_t c, part, among = parts_of(job)
+    cdef Py_ssize_t step = job.step, j
+    memset(parts, 0, among * LANES * sizeof(real))
+    for j in range(LANES):
+        m[j] = <real>r.maximum[j]
+    for c in range(<int32_t>job.num_classes):
+        w = weight_of(job, c, parts[0])
+        part = part_of(job, c, among) * LANES
+        for j in range(LANES if w != 0 else 0):
+            parts[part + j] += w * (m[j] - tile[c * step + j])
+    fold_row_parts(job, parts, among, r.gap)
+    for j in range(LANES):
+        if not is_finite(r.gap[j]):
+            r.gap[j] = wide_gap(tile + j, step, <const real*>job.relative_weight, job.num_classes,
+                                m[j])
+        r.gap[j] *= job.largest_weight
+
+
+cdef inline void soft_gaps_of_tile(
     const Job* job, const real* tile, const real* targets, const real* maximum,
     const int32_t* index, Rows* r,
 ) noexcept nogil:
-    """As gaps_of_row, for every lane."""
+    """As gaps_of_block, for every lane."""
     cdef real gap[LANES]
     cdef real mass[LANES]
     cdef real m[LANES]
@@ -545,14 +563,10 @@ cdef inline void gaps_of_tile(
         hole[j] = index[j]
     for c in range(<int32_t>job.num_classes):
         w = weight_of(job, c, maximum[0])
-        if targets == NULL:
-            for j in range(LANES):
-                gap[j] += times(w, m[j] - tile[c * step + j])
-        else:
-            for j in range(LANES):
-                wt = w * (target_share * targets[c * step + j] + uniform)
-                gap[j] += times(wt, m[j] - tile[c * step + j])
-                mass[j] += <real>0.0 if hole[j] == c else wt
+        for j in range(LANES):
+            wt = w * (target_share * targets[c * step + j] + uniform)
+            gap[j] += times(wt, m[j] - tile[c * step + j])
+            mass[j] += <real>0.0 if hole[j] == c else wt
         if c % RUN == RUN - 1:
             for j in range(LANES):
                 total_gap[j] += gap[j]
@@ -568,17 +582,15 @@ cdef inline void gaps_of_tile(
                 continue
             total_gap[j] = 0.0
             for c in range(<int32_t>job.num_classes):
-                wt = weight_of(job, c, maximum[0])
-                if targets != NULL:
-                    wt *= target_share * targets[c * step + j] + uniform
+                wt = weight_of(job, c, maximum[0]) * (
+                    target_share * targets[c * step + j] + uniform)
                 total_gap[j] += times(<double>wt, <double>m[j] - <double>tile[c * step + j])
     for j in range(LANES):
         r.gap[j] = job.largest_weight * total_gap[j]
-        if targets != NULL:
-            wt = weight_of(job, index[j], maximum[0]) * (
-                target_share * targets[index[j] * step + j] + uniform)
-            r.top_mass[j] = job.largest_weight * wt
-            r.mass[j] = job.largest_weight * total_mass[j]
+        wt = weight_of(job, index[j], maximum[0]) * (
+            target_share * targets[index[j] * step + j] + uniform)
+        r.top_mass[j] = job.largest_weight * wt
+        r.mass[j] = job.largest_weight * total_mass[j]
 
 
 cdef inline void write_tile(

@@ -123,6 +123,7 @@ cdef struct Job:
     const double* sample_weight
     Options options
     double scale
+    double tame_scale  # the same, or 0 if no row is to be taken in common units (find_untamed)
     char* losses
     Py_ssize_t summed  # rows whose losses are added up together
     double* partial  # these sums
@@ -132,17 +133,16 @@ cdef struct Job:
     Py_ssize_t numbers  # of scratch; the carries, one a class, lie behind them
 
 
-cdef inline bint needs_maximum(const Job* job, Operation operation) noexcept nogil:
-    """Whether the scalar step asks how far all scores are from the largest."""
-    return has_soft_target(operation) or job.options.label_smoothing != 0.0
-
-
 cdef inline bint is_flat(const Job* job, Operation operation) noexcept nogil:
     """Whether exponentials are taken in common units, wherever a row ends."""
     if is_log(operation) and not adds_as_rows(job):
         return FL_TOP_d if job.storage == FLOAT64 else FL_TOP_f
-    return operation == SOFTMAX or is_log(operation) or (
-        operation == CROSS_ENTROPY and not needs_maximum(job, operation))
+    return operation == SOFTMAX or operation == CROSS_ENTROPY or is_log(operation)
+
+
+cdef inline bint is_smooth(const Job* job) noexcept nogil:
+    """Whether targets are indices, and the loss asks for all scores."""
+    return job.other == NULL and job.options.label_smoothing != 0.0
 
 
 cdef inline bint adds_as_rows(const Job* job) noexcept nogil:
@@ -167,7 +167,7 @@ cdef struct Rows:
     double target_logit[LANES]
     double target_weight[LANES]
     double row_weight[LANES]  # sample weight; 0 for rows that count for nothing
-    double gap[LANES]  # sum of w_c (maximum - x_c)
+    double gap[LANES]  # sum of w_c (maximum - x_c); of soft targets, of w_c t_c (maximum - x_c)
     double mass[LANES]  # of soft targets: sum of w_c t_c, all classes but the maximum's
     double top_mass[LANES]  # of soft targets: w_k t_k at the maximum's class k
     int32_t own[LANES]  # whether exponentials are in units of the row's maximum
@@ -197,6 +197,7 @@ cdef enum Stage:
     COMMON_UNITS
     MAXIMA
     OWN_UNITS
+    GAPS
     WRITE
     DONE
 

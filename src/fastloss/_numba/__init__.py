@@ -17,8 +17,8 @@ Most rows need no maximum for that: the power is the same for all, and exponenti
 one run of many rows, wherever each ends; short rows are then no tile, if a unit has all its rows
 and all are such.  A row that is not so tame has a power near its maximum.  Which of the two it is
 the row decides by itself, by its own scores and weight (in_common_units: what would overflow is cut
-off, and shows in the sum), so that its bits do not depend on what is around it; where smoothing or
-soft targets ask how far all scores are from the maximum, rows have their own.
+off, and shows in the sum), so that its bits do not depend on what is around it; where soft targets
+ask how far all scores are from the maximum, rows have their own.
 
 The sum leaves one class out (the target, or the maximum), which is what makes small losses exact.
 Where the power is common, others are related to the target itself: a loss is log1p(others / e_y).

@@ -142,9 +142,7 @@ def backward_part(g, p, r, kept, buffer, line, first, n, plan):
         return False
     if can_permute(kept):
         for i in range(0, n, STEP):
-            spread_sixteen(
-                kept, i * num_classes, num_classes, share_of_row(num_classes), i, kept, f
-            )
+            spread_sixteen(kept, i * num_classes, num_classes, share_of_row(num_classes), i, f)
     else:
         for i in range(n):
             for c in range(i * num_classes, (i + 1) * num_classes):

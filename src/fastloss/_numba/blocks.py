@@ -278,13 +278,24 @@ def gap_block(x, weight, m):
     else:
         for i in range(x.size):
             narrow += m - x[i]
-    if narrow - narrow == 0:
-        return np.float64(narrow)
+    return np.float64(narrow) if narrow - narrow == 0 else wide_gap(x, 1, weight, x.size, m)
+
+
+@inline
+def wide_gap(x, step, weight, n, m):
+    """As gap_block, in float64."""
     total = 0.0
-    for i in range(x.size):
+    for i in range(n):
         w = np.float64(weight[i]) if weight.size else 1.0
-        total += times(w, np.float64(m) - np.float64(x[i]))
+        total += times(w, np.float64(m) - np.float64(x[i * step]))
     return total
+
+
+@inline
+def gap_run(x, weight, terms):
+    """w_c (m - x_c), in place of m."""
+    for i in range(x.size):
+        terms[i] = times(weight[i], terms[i] - x[i])
 
 
 @summing

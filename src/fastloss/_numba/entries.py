@@ -15,10 +15,9 @@ from fastloss._numba.backward import backward_rows, backward_run, backward_tile
 from fastloss._numba.columns import load_columns, rows_of, rows_to, store_columns, turned_numbers
 from fastloss._numba.jit import entry, inline, spliced, typed
 from fastloss._numba.losses import (
-    asks_all_scores,
     deliver_losses,
     is_plain,
-    plain_step,
+    label_smoothing_of,
     scalar_step,
 )
 from fastloss._numba.machine import (
@@ -35,13 +34,14 @@ from fastloss._numba.rows import (
     divide_rows,
     exp_rows_from_target,
     exp_rows_of_softmax,
+    gaps_of_short_rows,
     log_softmax_rows,
     log_softmax_run,
     reduce_rows,
     row_numbers,
     softmax_rows,
-    write_plain_rows,
     write_rows,
+    write_run,
 )
 from fastloss._numba.shared import (
     FOUND,
@@ -332,8 +332,8 @@ def backward_share(g, p, out, plan, tiles, rows, turned, turned_g, fields, units
 @entry
 def cross_entropy_share(
     x, target, soft, weight, sample_weight, relative_weight, largest_weight, weight_sum, plan,
-    ignore_index, options, scale, losses, out, tiles, rows, turned, turned_soft, fields, partial,
-    units, thread, threads,
+    ignore_index, options, scale, tame_scale, losses, out, tiles, rows, turned, turned_soft, fields,
+    partial, units, thread, threads,
 ):  # fmt: skip
     """Of indices, or of soft targets: the other is None; so are options where they are plain."""
     mode = set_float_mode(IEEE)
@@ -354,22 +354,30 @@ def cross_entropy_share(
         if tiles is not None:
             # Of LANES rows: how often loops go round is known where they are compiled.
             whole = plan.inner == 1 and last - first == LANES
-            short = options is None and whole and not untamed
+            short = whole and not untamed
             if target is not None:
                 kept, ahead = tile[STEP:], plan.group * plan.num_classes
                 if short:
                     read_targets(
                         r, target, weight, sample_weight, first, LANES, plan.num_classes,
-                        ignore_index, None, largest_weight,
+                        ignore_index, given, largest_weight,
                     )  # fmt: skip
                     untamed = exp_rows_from_target(
-                        x, r, kept, first, LANES, plan, buffer, ahead, None, scale
+                        x, r, kept, first, LANES, plan, buffer, ahead, given, tame_scale
                     )
                 if short and not untamed:
-                    plain_step(r, LANES, scale, kept)
+                    if given is not None and label_smoothing_of(given) != 0.0:
+                        gaps_of_short_rows(
+                            x, r, other[STEP:], first, LANES, plan, relative_weight,
+                            largest_weight, buffer,
+                        )  # fmt: skip
+                    scalar_step(soft, r, LANES, plan, given, scale, weight_sum, kept)
                     partial[unit] = deliver_losses(r, LANES, losses, first, kept)
                     if out.size:
-                        write_plain_rows(out, r, kept, other, first, LANES, plan)
+                        write_run(
+                            out, r, kept, other, first, LANES, plan, relative_weight,
+                            largest_weight, given,
+                        )  # fmt: skip
                     continue
         load_unit(
             x, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
@@ -393,23 +401,21 @@ def cross_entropy_share(
                 own_soft = unless_none(soft, own_other)
                 untamed = reduce_tile(
                     own_tile, own_other, target, own_soft, r, n, x, start + plan.group, plan,
-                    relative_weight, largest_weight, given, scale,
+                    relative_weight, largest_weight, given, tame_scale,
                 )  # fmt: skip
             if rows is not None:
                 row = start - first if plan.layout == COLUMNS else start
                 reduce_rows(
                     x_rows, target, soft_rows, r, scratch, row, n, plan, relative_weight,
-                    largest_weight, given, scale,
+                    largest_weight, given, tame_scale,
                 )  # fmt: skip
             count = LANES if plan.layout == TILES else n
             scalar_step(soft, r, count, plan, given, scale, weight_sum, scratch)
             partial[start // plan.summed] = deliver_losses(r, n, losses, start, scratch)
             if out.size and tiles is not None:
-                exponentials = own_tile if asks_all_scores(own_soft, given) else own_other
                 write_tile(
-                    exponentials, own_tile, own_soft, r, plan, relative_weight, largest_weight,
-                    given,
-                )  # fmt: skip
+                    own_other, own_tile, own_soft, r, plan, relative_weight, largest_weight, given
+                )
             if out.size and rows is not None:
                 write_rows(
                     out_rows, soft_rows, r, scratch, row, n, plan, relative_weight,
@@ -425,15 +431,15 @@ def cross_entropy_share(
 @entry
 def shared_share(
     stage, x, target, soft, weight, sample_weight, relative_weight, largest_weight, weight_sum,
-    plan, ignore_index, options, scale, losses, out, scratch, kept, found, fields, partial,
-    blocks, thread, threads,
+    plan, ignore_index, options, scale, tame_scale, losses, out, scratch, kept, found, fields,
+    partial, blocks, thread, threads,
 ):  # fmt: skip
     """All but the backward functions: target and soft are None where there are no losses."""
     mode = set_float_mode(IEEE)
     given = options_of(options)
     shared = shared_of(
-        x, out, fields, found, kept, Plan(*plan), relative_weight, largest_weight, scale, scratch,
-        thread,
+        x, out, fields, found, kept, Plan(*plan), relative_weight, largest_weight, scale,
+        tame_scale, scratch, thread,
     )  # fmt: skip
     soft_scores = borrow(soft)
     if not blocks:
@@ -453,7 +459,9 @@ def shared_backward_share(
     stage, g, p, out, plan, scratch, kept, found, fields, blocks, thread, threads
 ):
     mode = set_float_mode(IEEE)
-    shared = shared_of(p, out, fields, found, kept, Plan(*plan), None, 1.0, 1.0, scratch, thread)
+    shared = shared_of(
+        p, out, fields, found, kept, Plan(*plan), None, 1.0, 1.0, 1.0, scratch, thread
+    )
     upstream = borrow(g)
     if not blocks:
         stage[0] = next_stage_of_backward(stage[0], shared)
@@ -621,8 +629,9 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
     weight_sum = float(plan.num_classes if labels.weight is None else labels.weight.sum())
     partial = np.empty(-(-plan.rows // plan.summed))
     arguments = (
-        x, target, soft, *_weights(labels), *_relative(labels.weight, logits), weight_sum,
-        tuple(plan), options.ignore_index, given, scale, *_outputs(logits, losses, grad),
+        x, target, soft, *_weights(labels), *_relative(labels, options, logits), weight_sum,
+        tuple(plan), options.ignore_index, given, scale, _tame_scale(labels, options, scale),
+        *_outputs(logits, losses, grad),
     )  # fmt: skip
     if sharing := _sharing(plan, units, num_threads):
         scratch = _shared_scratch(logits, plan, sharing, grad is not None)
@@ -725,13 +734,29 @@ def _or_absent(array):
     return _ABSENT[np.float64] if array is None else _read_only(array)
 
 
-def _relative(weight, logits):
-    """Class weights over the largest in magnitude, in the compute type; and that."""
+def _relative(labels, options, logits):
+    """Class weights over the largest in magnitude, in the compute type; and that.
+
+    With label smoothing, of short rows, those of sixteen rows.
+    """
+    weight, num_classes, real = labels.weight, logits.shape[1], _compute_dtype(logits)
+    repeated = STEP if options.label_smoothing and num_classes <= SHORT_ROW else 1
     if weight is None:
-        return _ABSENT[_compute_dtype(logits)], 1.0
+        ones = _ABSENT[real] if repeated == 1 else np.ones(repeated * num_classes, real)
+        return _read_only(ones), 1.0
     largest_weight = float(np.abs(weight).max())
-    relative = (weight / (largest_weight or 1.0)).astype(_compute_dtype(logits))
-    return _read_only(relative), largest_weight
+    relative = (weight / (largest_weight or 1.0)).astype(real)
+    return _read_only(np.tile(relative, repeated)), largest_weight
+
+
+def _tame_scale(labels, options, scale):
+    """The scale, or 0 if no row is to be taken in common units (find_untamed)."""
+    # Of what is related to the target, only as much may cancel as its own loss comes to.
+    smoothing, least, mean = options.label_smoothing, 1.0, 1.0
+    if smoothing and labels.weight is not None:
+        size = np.abs(labels.weight)
+        least, mean = size.min(), size.mean()
+    return scale if (1.0 - smoothing) * least >= smoothing * mean else 0.0
 
 
 def _outputs(logits, losses, grad):
@@ -829,7 +854,7 @@ def _map_shared(logits, out, plan, threads):
     real = _compute_dtype(logits)
     absent = (_ABSENT[np.float64], _ABSENT[np.float64], _ABSENT[real])
     arguments = (
-        _flat(logits), None, None, *absent, 1.0, 0.0, tuple(plan), 0, None, 1.0, None,
+        _flat(logits), None, None, *absent, 1.0, 0.0, tuple(plan), 0, None, 1.0, 1.0, None,
         _flat_out(out), *_shared_scratch(logits, plan, threads, plan.operation == SOFTMAX), None,
     )  # fmt: skip
     _run_shared(shared_share, arguments, plan, threads)

@@ -52,12 +52,6 @@ def z_loss_of(options):
 
 
 @inline
-def asks_all_scores(soft, options):
-    """Whether the scalar step asks how far all scores are from the largest."""
-    return soft is not None or label_smoothing_of(options) != 0.0
-
-
-@inline
 def add_exponentials(r, n, like):
     """The exponentials of the maximum and of the target, in the units of the sum."""
     real = like.dtype.type

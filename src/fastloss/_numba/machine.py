@@ -186,80 +186,114 @@ def can_permute(typing_context, like):
     return types.boolean(like), lambda *_: ir.IntType(1)(able)
 
 
-def _sixteen(to, inputs, step):
-    """16 rows of n numbers, at most SHORT_ROW, from to[start] on: in one run, step(builder, number
-    of source, factors of its row).
+def _of_sixteen(context, builder, real, arguments, factors, finish):
+    """16 rows of n numbers, at most SHORT_ROW, in one run from an index on.
 
-    Inputs are the source, in the same places, and factors, those of the first row at `first`. A
-    vector of numbers takes its factors from a vector of rows. Number i is of row i / n, which is
-    i * share / 2**24, share being 2**24 / n rounded up.
+    A vector of numbers takes what is theirs of each array of factors, one a row from `first` on,
+    from a vector of rows: finish is called with the index of the numbers, that from the start of
+    the run, and these.  Number i is of row i / n, which is i * share / 2**24, share being 2**24 / n
+    rounded up.
     """
-    count = max((count for dtype, count in _permute if dtype == to.dtype), default=0)
+    start, n, share, first = arguments
+    count = max((count for dtype, count in _permute if dtype == real), default=0)
+    if not count:
+        return context.get_dummy_value()
+    size, vector = real.bitwidth // 8, ir.VectorType(context.get_data_type(real), count)
+    numbers = _numbers(size, count)
+    permute = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(vector, [vector, numbers.type]), _permute[real, count]
+    )
+    shift = _splat(builder, ir.Constant(numbers.type.element, 24), count)
+    shares = _splat(builder, _narrow(builder, share, size), count)
+    own = builder.mul(numbers, shares)
+    step = builder.mul(shares, _splat(builder, numbers.type.element(count), count))
+
+    def load(array_type, array, index):
+        place, _, _ = _vector_at(context, builder, array_type, array, index, count)
+        return builder.load(place, align=size)
+
+    def store(vector, array_type, array, index):
+        place, _, _ = _vector_at(context, builder, array_type, array, index, count)
+        builder.store(vector, place, align=size)
+
+    for group in range(0, STEP, count):
+        group = ir.Constant(n.type, group)
+        of_rows = [load(*factor, builder.add(first, group)) for factor in factors]
+        begin = builder.add(start, builder.mul(group, n))
+        owner = cgutils.alloca_once_value(builder, own)
+        with cgutils.for_range(builder, n) as loop:
+            i = builder.mul(loop.index, ir.Constant(n.type, count))
+            owners = builder.load(owner)
+            row = builder.lshr(owners, shift)
+            each = [builder.call(permute, [factor, row]) for factor in of_rows]
+            finish(load, store, builder.add(begin, i), i, *each)
+            builder.store(builder.add(owners, step), owner)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def scale_sixteen(typing_context, e, start, n, share, first, f, to):
+    """Sixteen rows of n numbers times a factor each, to the same place of `to`."""
 
     def generate(context, builder, signature, arguments):
-        if not count:
-            return context.get_dummy_value()
-        array_types = [array for array in signature.args if array != types.intp]
-        to, start, n, share, first, *inputs = arguments
+        e, *places, f, to = zip(signature.args, arguments, strict=True)
 
-        def place_of(which, index):
-            return _vector_at(
-                context, builder, array_types[which], [to, *inputs][which], index, count
-            )[0]
+        def finish(load, store, i, _, factor):
+            store(builder.fmul(load(*e, i), factor), *to, i)
 
-        _, scalar, vector = _vector_at(context, builder, array_types[0], to, start, count)
-        size = context.get_abi_sizeof(scalar)
-        numbers = _numbers(size, count)
-        permute = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector, numbers.type]),
-            _permute[array_types[0].dtype, count],
-        )  # fmt: skip
-        shift = _splat(builder, ir.Constant(numbers.type.element, 24), count)
-        shares = _splat(builder, _narrow(builder, share, size), count)
-        own = builder.mul(numbers, shares)
-        later = builder.mul(shares, _splat(builder, numbers.type.element(count), count))
-        for group in range(0, STEP, count):
-            group = ir.Constant(n.type, group)
-            row = builder.add(first, group)
-            factors = [
-                builder.load(place_of(which, row), align=size)
-                for which in range(2, len(array_types))
-            ]
-            begin = builder.add(start, builder.mul(group, n))
-            owner = cgutils.alloca_once_value(builder, own)
-            with cgutils.for_range(builder, n) as loop:
-                i = builder.add(begin, builder.mul(loop.index, ir.Constant(n.type, count)))
-                owners = builder.load(owner)
-                each = [
-                    builder.call(permute, [factor, builder.lshr(owners, shift)])
-                    for factor in factors
-                ]
-                source = builder.load(place_of(1, i), align=size)
-                builder.store(step(builder, source, *each), place_of(0, i), align=size)
-                builder.store(builder.add(owners, later), owner)
-        return context.get_dummy_value()
+        return _of_sixteen(context, builder, e[0].dtype, [p[1] for p in places], [f], finish)
 
-    return types.none(to, *4 * (types.intp,), *inputs), generate
+    index = types.intp
+    return types.none(e, index, index, index, index, f, to), generate
 
 
 @intrinsic
-def scale_sixteen(typing_context, to, start, n, share, first, e, f):
-    """Sixteen rows of n numbers times a factor each."""
-    return _sixteen(to, (e, f), lambda builder, e, f: builder.fmul(e, f))
-
-
-@intrinsic
-def spread_sixteen(typing_context, to, start, n, share, first, e, f):
+def spread_sixteen(typing_context, to, start, n, share, first, f):
     """Sixteen rows of n numbers, each its factor."""
-    return _sixteen(to, (e, f), lambda builder, e, f: f)
+
+    def generate(context, builder, signature, arguments):
+        to, *places, f = zip(signature.args, arguments, strict=True)
+
+        def finish(load, store, i, _, factor):
+            store(factor, *to, i)
+
+        return _of_sixteen(context, builder, to[0].dtype, [p[1] for p in places], [f], finish)
+
+    index = types.intp
+    return types.none(to, index, index, index, index, f), generate
 
 
 @intrinsic
-def shift_sixteen(typing_context, to, start, n, share, first, x, m, rest):
-    """Sixteen rows of n numbers less two for each row."""
-    return _sixteen(
-        to, (x, m, rest), lambda builder, x, m, rest: builder.fsub(builder.fsub(x, m), rest)
-    )
+def smooth_sixteen(typing_context, e, start, n, share, first, f, s, weight, to):
+    """As scale_sixteen, less a share each of the weights."""
+
+    def generate(context, builder, signature, arguments):
+        e, *places, f, s, weight, to = zip(signature.args, arguments, strict=True)
+
+        def finish(load, store, i, k, factor, share):
+            product = builder.fmul(load(*weight, k), share)
+            store(builder.fsub(builder.fmul(load(*e, i), factor), product), *to, i)
+
+        return _of_sixteen(context, builder, e[0].dtype, [p[1] for p in places], [f, s], finish)
+
+    index = types.intp
+    return types.none(e, index, index, index, index, f, s, weight, to), generate
+
+
+@intrinsic
+def shift_sixteen(typing_context, x, start, n, share, first, m, rest, to):
+    """Sixteen rows of n numbers less two for each row, to the same place of `to`."""
+
+    def generate(context, builder, signature, arguments):
+        x, *places, m, rest, to = zip(signature.args, arguments, strict=True)
+
+        def finish(load, store, i, _, m, rest):
+            store(builder.fsub(builder.fsub(load(*x, i), m), rest), *to, i)
+
+        return _of_sixteen(context, builder, to[0].dtype, [p[1] for p in places], [m, rest], finish)
+
+    index = types.intp
+    return types.none(x, index, index, index, index, m, rest, to), generate
 
 
 @intrinsic

@@ -25,6 +25,7 @@ from fastloss._numba.blocks import (
     exp_run,
     find,
     gap_block,
+    gap_run,
     holds_nan,
     largest,
     scale_kept,
@@ -32,15 +33,18 @@ from fastloss._numba.blocks import (
     soft_mass,
     sum_kept,
     top_block,
+    wide_gap,
 )
 from fastloss._numba.jit import inline, spliced
-from fastloss._numba.losses import add_exponentials, asks_all_scores, z_loss_of
+from fastloss._numba.losses import add_exponentials, label_smoothing_of
 from fastloss._numba.machine import (
     as_input,
     can_permute,
     lanes,
     scale_sixteen,
     shift_sixteen,
+    smooth_sixteen,
+    spread_sixteen,
     sum_eight,
     top_eight,
 )
@@ -174,21 +178,21 @@ def sum_row(e, num_classes):
 
 
 @inline
-def sum_rows(e, r, n, num_classes):
+def sum_rows(e, r, field, n, num_classes):
     """The sums of short rows are those of exp_tile, whichever axis the classes are."""
     sums = lanes(e)
     if num_classes > SHORT_ROW:
         for i in range(n):
-            r[OTHERS + i] = sum_row(e[i * num_classes :], num_classes)
+            r[field + i] = sum_row(e[i * num_classes :], num_classes)
         return
     for i in range(LANES):
-        r[OTHERS + i] = 0.0
+        r[field + i] = 0.0
     start, stop = 0, (num_classes - 1) % (RUN * EIGHT) + 1
     while stop <= num_classes:  # long sums in float64
         for i in range(0, n, EIGHT):
             sum_eight(e, i * num_classes + start, num_classes, stop - start, sums, i)
         for i in range(n):
-            r[OTHERS + i] += np.float64(sums[i])
+            r[field + i] += np.float64(sums[i])
         start, stop = stop, stop + RUN * EIGHT
 
 
@@ -224,15 +228,8 @@ def narrow_factor(e, factor):
 
 
 @inline
-def share_of_row(num_classes):
-    """What scale_sixteen and its like know a row by."""
-    return (1 << 24) // num_classes + 1
-
-
-@inline
-def scale_rows(kept, r, n, num_classes, scaled):
-    """Times FACTOR."""
-    f = lanes(kept)
+def narrow_factors_of_rows(kept, f, r, n, num_classes):
+    """As narrow_factor, for every row."""
     power = np.float64(power_of(kept))
     small = 0
     for i in range(n):
@@ -242,14 +239,46 @@ def scale_rows(kept, r, n, num_classes, scaled):
         for i in range(n):
             start = i * num_classes
             f[i] = narrow_factor(kept[start : start + num_classes], r[FACTOR + i])
+
+
+@inline
+def share_of_row(num_classes):
+    """What tells scale_sixteen and its like whose a number is."""
+    return (1 << 24) // num_classes + 1
+
+
+@inline
+def scale_rows(kept, r, n, num_classes, scaled):
+    """Times FACTOR."""
+    f = lanes(kept)
+    narrow_factors_of_rows(kept, f, r, n, num_classes)
     if can_permute(kept) and num_classes <= SHORT_ROW:
         share = share_of_row(num_classes)
         for i in range(0, n, STEP):
-            scale_sixteen(scaled, i * num_classes, num_classes, share, i, kept, f)
+            scale_sixteen(kept, i * num_classes, num_classes, share, i, f, scaled)
         return
     for i in range(n):
         start = i * num_classes
         scale_kept(kept[start:], num_classes, f[i], scaled[start:])
+
+
+@inline
+def smooth_rows(kept, r, n, num_classes, weight, largest_weight, smoothed):
+    """Short rows times FACTOR, less SPREAD times the weights."""
+    f, spread = lanes(kept), lanes(kept)
+    narrow_factors_of_rows(kept, f, r, n, num_classes)
+    for i in range(n):
+        spread[i] = r[SPREAD + i] * largest_weight
+    if can_permute(kept):
+        share = share_of_row(num_classes)
+        for i in range(0, n, STEP):
+            start = i * num_classes
+            smooth_sixteen(kept, start, num_classes, share, i, f, spread, weight, smoothed)
+        return
+    for i in range(n):
+        start = i * num_classes
+        for c in range(num_classes):
+            smoothed[start + c] = kept[start + c] * f[i] - weight[c] * spread[i]
 
 
 @inline
@@ -280,7 +309,7 @@ def softmax_rows(x, out, r, scratch, first, n, plan):
 def exp_rows_of_softmax(x, r, kept, first, n, plan, buffer, ahead):
     """Exponentials in common units and their sums; how many rows these are not for."""
     exp_rows(x, kept, first, n, plan, buffer, ahead)
-    sum_rows(kept, r, n, plan.num_classes)
+    sum_rows(kept, r, OTHERS, n, plan.num_classes)
     for i in range(n):
         r[TARGET_EXP + i] = r[OTHERS + i]
         r[ROW_WEIGHT + i] = 1.0
@@ -421,7 +450,7 @@ def shift_rows(scores, r, to, num_classes):
     if can_permute(to):
         share = share_of_row(num_classes)
         for i in range(0, LANES, STEP):
-            shift_sixteen(to, i * num_classes, num_classes, share, i, scores, m, log_sum)
+            shift_sixteen(scores, i * num_classes, num_classes, share, i, m, log_sum, to)
         return
     for i in range(LANES):
         start, stop = i * num_classes, (i + 1) * num_classes
@@ -458,23 +487,19 @@ def reduce_rows(
     """The first stage of cross-entropy: of soft targets unless they are None, else of indices."""
     buffer, line, kept = row_scratch(scratch)
     ahead = min(n * plan.row_step, AHEAD)
-    apart = asks_all_scores(soft, options)
+    untamed = 1
     if target is not None:  # known before types are inferred
-        untamed = (
-            0
-            if apart
-            else exp_rows_from_target(x, r, kept, first, n, plan, buffer, ahead, options, scale)
-        )
-        if not apart and not untamed:
-            return
-    for i in range(n):
-        if apart and r[ROW_WEIGHT + i] == 0.0:
+        untamed = exp_rows_from_target(x, r, kept, first, n, plan, buffer, ahead, options, scale)
+    for i in range(n if untamed else 0):
+        if soft is not None and r[ROW_WEIGHT + i] == 0.0:
             reduce_to_nothing(r, i)
-        elif apart or r[OWN + i] != 0.0:
+        elif soft is not None or r[OWN + i] != 0.0:
             reduce_row(
                 x, soft, r, i, kept[i * plan.num_classes :], first + i, plan, weight,
                 largest_weight, options, buffer, line, ahead,
             )  # fmt: skip
+    if target is not None and options is not None and label_smoothing_of(options) != 0.0:
+        gaps_of_rows(x, r, first, n, plan, weight, largest_weight, buffer)
 
 
 @inline
@@ -491,7 +516,7 @@ def exp_rows_from_target(x, r, kept, first, n, plan, buffer, ahead, options, sca
     """Exponentials in common units, and sums of them; how many rows these are not for."""
     exp_rows(x, kept, first, n, plan, buffer, ahead)
     take_targets(kept, r, n, plan.num_classes)
-    sum_rows(kept, r, n, plan.num_classes)
+    sum_rows(kept, r, OTHERS, n, plan.num_classes)
     untamed = find_untamed(r, n, scale, kept)
     relate_to_targets(x, r, first, n, plan, options)
     return untamed
@@ -505,7 +530,7 @@ def relate_to_targets(x, r, first, n, plan, options):
         r[MAXIMUM + i] = 0.0
         r[GAP + i] = 0.0
         r[TOP + i] = r[TARGET_EXP + i]
-    if z_loss_of(options) != 0.0:
+    if options is not None:
         for i in range(n):
             start = (first + i) * plan.row_step
             r[TARGET_LOGIT + i] = load_one(x, start + int(r[INDEX + i]), plan.storage)
@@ -546,7 +571,7 @@ def reduce_row(
     if soft is not None:
         r[INDEX + i] = find_in_row(x, start, m, plan, buffer)
     index = int(r[INDEX + i])
-    if asks_all_scores(soft, options):
+    if soft is not None:
         for c in range(0, plan.num_classes, BLOCK):
             gap, mass, top_mass = gaps_of_block(
                 x, soft, start, c, index, m, plan, weight, largest_weight, options, buffer, line
@@ -561,37 +586,83 @@ def reduce_row(
 
 @inline
 def gaps_of_block(x, soft, start, c, index, m, plan, weight, largest_weight, options, buffer, line):
-    """Of soft targets sum w t (m - x), the sum of w t without the maximum, and its own w t.
+    """sum w t (m - x), the sum of w t without the maximum, and its own w t.
 
-    Of indices, with label smoothing, sum w (m - x).  All of the block that begins with class c.
+    All of the block that begins with class c.
     """
-    gap = mass = top_mass = 0.0
+    top_mass = 0.0
     n = min(BLOCK, plan.num_classes - c)
     block = load_block(x, start + c, n, buffer, plan.storage)
     w = weight[c : c + n]
-    if soft is not None:
-        target_share = buffer.dtype.type(1.0 - options.label_smoothing)
-        uniform = buffer.dtype.type(options.label_smoothing / plan.num_classes)
-        t = load_block(soft, start + c, n, line, plan.other_storage)
-        gap = soft_gap(block, t, w, target_share, uniform, m)
-        k = min(max(index - c, 0), n)
-        mass = soft_mass(t[:k], w[:k], target_share, uniform)
-        if k < n and c + k == index:
-            top_mass = soft_mass(t[k : k + 1], w[k : k + 1], target_share, uniform)
-            k += 1
-        mass += soft_mass(t[k:], w[k:], target_share, uniform)
-    elif options is not None:
-        gap = gap_block(block, w, m)
+    target_share = buffer.dtype.type(1.0 - options.label_smoothing)
+    uniform = buffer.dtype.type(options.label_smoothing / plan.num_classes)
+    t = load_block(soft, start + c, n, line, plan.other_storage)
+    gap = soft_gap(block, t, w, target_share, uniform, m)
+    k = min(max(index - c, 0), n)
+    mass = soft_mass(t[:k], w[:k], target_share, uniform)
+    if k < n and c + k == index:
+        top_mass = soft_mass(t[k : k + 1], w[k : k + 1], target_share, uniform)
+        k += 1
+    mass += soft_mass(t[k:], w[k:], target_share, uniform)
     return largest_weight * gap, largest_weight * mass, largest_weight * top_mass
+
+
+@inline
+def gap_of_block(x, start, c, m, plan, weight, buffer):
+    """sum of w_c (m - x_c), w_c relative."""
+    n = min(BLOCK, plan.num_classes - c)
+    block = load_block(x, start + c, n, buffer, plan.storage)
+    return gap_block(block, weight[c : c + n], buffer.dtype.type(m))
+
+
+@inline
+def gaps_of_rows(x, r, first, n, plan, weight, largest_weight, buffer):
+    """As gap_of_block, of whole rows, and the weights as they are."""
+    for i in range(n):
+        r[GAP + i] = 0.0
+        for c in range(0, plan.num_classes, BLOCK):
+            start = (first + i) * plan.row_step
+            r[GAP + i] += gap_of_block(x, start, c, r[MAXIMUM + i], plan, weight, buffer)
+        r[GAP + i] *= largest_weight
+
+
+@inline
+def gaps_of_short_rows(x, r, terms, first, n, plan, weight, largest_weight, buffer):
+    """As gaps_of_rows; there are the weights of 16 rows."""
+    num_classes = plan.num_classes
+    m = lanes(terms)
+    for i in range(n):
+        m[i] = r[MAXIMUM + i]
+    for i in range(0, n, STEP):
+        start, size = i * num_classes, STEP * num_classes
+        if can_permute(terms):
+            share = share_of_row(num_classes)
+            spread_sixteen(terms, start, num_classes, share, i, m)
+        else:
+            for k in range(STEP):
+                for c in range(num_classes):
+                    terms[start + k * num_classes + c] = m[i + k]
+        for c in range(0, size, BLOCK):
+            width = min(BLOCK, size - c)
+            block = load_block(x, first * num_classes + start + c, width, buffer, plan.storage)
+            gap_run(block, weight[c : c + width], terms[start + c : start + c + width])
+    sum_rows(terms, r, GAP, n, num_classes)
+    for i in range(n):
+        if not math.isfinite(r[GAP + i]):
+            start = (first + i) * num_classes
+            row = load_block(x, start, num_classes, buffer, plan.storage)
+            r[GAP + i] = wide_gap(row, 1, weight, num_classes, m[i])
+        r[GAP + i] *= largest_weight
 
 
 @inline
 def write_rows(out, soft, r, scratch, first, n, plan, weight, largest_weight, options):
     """The last stage of cross-entropy: from the exponentials that were kept to the gradient."""
     buffer, _, kept = row_scratch(scratch)
-    if not asks_all_scores(soft, options):
+    smooth = label_smoothing_of(options) != 0.0
+    if soft is None and not smooth:
         scaled = kept[plan.summed * plan.num_classes + CHUNK :]
-        write_plain_rows(out, r, kept, scaled, first, n, plan)
+        write_run(out, r, kept, scaled, first, n, plan, weight, largest_weight, None)
     elif options is not None:
         for i in range(n):
             e = kept[i * plan.num_classes : (i + 1) * plan.num_classes]
@@ -601,9 +672,13 @@ def write_rows(out, soft, r, scratch, first, n, plan, weight, largest_weight, op
 
 
 @inline
-def write_plain_rows(out, r, kept, scaled, first, n, plan):
+def write_run(out, r, kept, scaled, first, n, plan, weight, largest_weight, options):
+    """As write_rows, of targets that are indices, all rows at once."""
     dead = 0
-    scale_rows(kept, r, n, plan.num_classes, scaled)
+    if options is not None and label_smoothing_of(options) != 0.0:
+        smooth_rows(kept, r, n, plan.num_classes, weight, largest_weight, scaled)
+    else:
+        scale_rows(kept, r, n, plan.num_classes, scaled)
     put_left_out(scaled, r, n, plan.num_classes)
     for i in range(n):
         dead += r[ROW_WEIGHT + i] == 0.0

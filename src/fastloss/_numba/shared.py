@@ -24,8 +24,8 @@ from fastloss._numba.blocks import (
 from fastloss._numba.jit import inline
 from fastloss._numba.losses import (
     add_exponentials,
-    asks_all_scores,
     deliver_losses,
+    label_smoothing_of,
     scalar_step,
 )
 from fastloss._numba.machine import borrow
@@ -33,6 +33,7 @@ from fastloss._numba.memory import load_block, load_one, store
 from fastloss._numba.rows import (
     begin_top,
     find_untamed,
+    gap_of_block,
     gaps_of_block,
     join_top,
     log_softmax_step,
@@ -52,6 +53,7 @@ from fastloss._numba.types import (
     FACTOR,
     FIRST,
     GAP,
+    GAPS,
     INDEX,
     LANES,
     LEFT_OUT,
@@ -79,7 +81,7 @@ from fastloss._numba.types import (
 )
 
 # What a block was reduced to.
-HIGHEST, SUM, TOPS, GAPS, MASSES, TOP_MASSES = range(6)
+HIGHEST, SUM, TOPS, GAP_SUM, MASS_SUM, TOP_MASS_SUM = range(6)
 FOUND = 6
 
 
@@ -96,6 +98,7 @@ class Shared(NamedTuple):
     weight: types.Array  # relative
     largest_weight: float
     scale: float
+    tame_scale: float
     buffer: types.Array
     line: types.Array
     rest: types.Array
@@ -106,12 +109,14 @@ def may_be_shared(plan):
 
 
 @inline
-def shared_of(x, out, fields, found, kept, plan, weight, largest_weight, scale, scratch, thread):
+def shared_of(
+    x, out, fields, found, kept, plan, weight, largest_weight, scale, tame_scale, scratch, thread
+):
     blocks = -(-plan.num_classes // BLOCK)
     buffer, line, rest = row_scratch(borrow(scratch[thread]))
     return Shared(
         borrow(x), borrow(out), borrow(fields[0]), borrow(found), borrow(kept), plan, blocks,
-        weight, largest_weight, scale, buffer, line, rest,
+        weight, largest_weight, scale, tame_scale, buffer, line, rest,
     )  # fmt: skip
 
 
@@ -132,7 +137,7 @@ def first_stage(shared, target, soft, weight, sample_weight, ignore_index, optio
     for i in range(plan.rows):
         r[OWN + i] = 0.0 if r[ROW_WEIGHT + i] == 0.0 else 1.0
         reduce_to_nothing(r, i)
-    return MAXIMA if asks_all_scores(soft, options) else COMMON_UNITS
+    return COMMON_UNITS if soft is None else MAXIMA
 
 
 @inline
@@ -152,8 +157,12 @@ def next_stage(
     if stage == COMMON_UNITS:
         if join_in_common_units(shared, target, options):
             return OWN_UNITS if is_log(plan.operation) else MAXIMA
-    else:
+    elif stage == OWN_UNITS:
         join_in_own_units(shared)
+    else:
+        join_gaps(shared)
+    if soft is None and label_smoothing_of(options) != 0.0 and stage != GAPS:
+        return GAPS
     finish_rows(shared, soft, options, losses, partial, weight_sum)
     return WRITE if shared.out.size and plan.operation != LOGSUMEXP else DONE
 
@@ -186,7 +195,7 @@ def join_in_common_units(shared, target, options):
         sum_up(shared, i)
         if target is None:
             r[TARGET_EXP + i] = r[TOP + i] if is_log(plan.operation) else r[OTHERS + i]
-    untamed = find_untamed(r, plan.rows, shared.scale, shared.buffer)
+    untamed = find_untamed(r, plan.rows, shared.tame_scale, shared.buffer)
     if target is not None:
         relate_to_targets(shared.x, r, 0, plan.rows, plan, options)
     return untamed
@@ -227,12 +236,18 @@ def join_in_own_units(shared):
         sum_up(shared, i)
         if plan.operation == SOFTMAX or is_log(plan.operation):
             continue
-        r[GAP + i] = sum_of_blocks(shared, GAPS, i)
-        r[MASS + i] = sum_of_blocks(shared, MASSES, i)
-        r[TOP_MASS + i] = sum_of_blocks(shared, TOP_MASSES, i)
+        r[GAP + i] = sum_of_blocks(shared, GAP_SUM, i)
+        r[MASS + i] = sum_of_blocks(shared, MASS_SUM, i)
+        r[TOP_MASS + i] = sum_of_blocks(shared, TOP_MASS_SUM, i)
         place = i * plan.num_classes + int(r[INDEX + i])
         r[TARGET_LOGIT + i] = load_one(shared.x, place, plan.storage)
         add_exponentials(r[i:], 1, shared.buffer)
+
+
+@inline
+def join_gaps(shared):
+    for i in range(shared.plan.rows):
+        shared.r[GAP + i] = sum_of_blocks(shared, GAP_SUM, i) * shared.largest_weight
 
 
 @inline
@@ -272,6 +287,10 @@ def take_block(stage, shared, soft, options, losses, place):
         write_shared_block(shared, soft, options, losses, i, c, x, e[:n])
     elif stage == MAXIMA:
         found[HIGHEST, place] = largest(x)
+    elif stage == GAPS:
+        found[GAP_SUM, place] = gap_of_block(
+            shared.x, start, c, r[MAXIMUM + i], plan, shared.weight, buffer
+        )
     elif is_log(plan.operation):
         m = buffer.dtype.type(r[MAXIMUM + i])
         units = units_of_row(m, stage == OWN_UNITS, buffer)
@@ -286,11 +305,13 @@ def take_block(stage, shared, soft, options, losses, place):
         found[SUM, place] = sum_kept(e, n)
     else:
         m = buffer.dtype.type(r[MAXIMUM + i])
-        if losses is not None and asks_all_scores(soft, options):
-            found[GAPS, place], found[MASSES, place], found[TOP_MASSES, place] = gaps_of_block(
+        if soft is not None:
+            gap, mass, top_mass = gaps_of_block(
                 shared.x, soft, start, c, index + c, m, plan, shared.weight,
                 shared.largest_weight, options, buffer, shared.line,
             )  # fmt: skip
+            found[GAP_SUM, place], found[MASS_SUM, place] = gap, mass
+            found[TOP_MASS_SUM, place] = top_mass
         found[SUM, place] = exp_block(
             x, index, pivot_of(m), magic_of(m), e, shared.x, start + c + BLOCK
         )
@@ -305,7 +326,7 @@ def write_shared_block(shared, soft, options, losses, i, c, x, e):
     if losses is not None and r[ROW_WEIGHT + i] == 0.0:
         for j in range(e.size):
             to[j] = 0
-    elif losses is not None and asks_all_scores(soft, options):
+    elif soft is not None or label_smoothing_of(options) != 0.0:
         write_block(
             e, soft, start - c, c, r, i, plan, shared.weight, shared.largest_weight, options,
             shared.buffer,
@@ -327,7 +348,7 @@ def write_shared_block(shared, soft, options, losses, i, c, x, e):
 def is_taken(stage, shared, place):
     """Whether the stage is for this block's row."""
     own = shared.r[OWN + place // shared.blocks] != 0.0
-    return own or stage in (COMMON_UNITS, WRITE)
+    return own or stage in (COMMON_UNITS, GAPS, WRITE)
 
 
 @inline

@@ -25,13 +25,11 @@ from fastloss._numba.arithmetic import (
     times,
     tiny_of,
 )
-from fastloss._numba.blocks import above, below, holds_nan
+from fastloss._numba.blocks import above, below, holds_nan, wide_gap
 from fastloss._numba.jit import inline, spliced, typed
 from fastloss._numba.losses import (
     add_exponentials,
-    asks_all_scores,
     label_smoothing_of,
-    z_loss_of,
 )
 from fastloss._numba.machine import eight_lanes, lanes, transpose
 from fastloss._numba.memory import carry_of, copy, fetch, load_block, load_into, store, store_run
@@ -397,15 +395,16 @@ def reduce_tile(
         r[ROW_WEIGHT + j] = 0.0
         r[TARGET_WEIGHT + j] = 0.0
     clear_dead_lanes(tile, r, plan)
-    apart = asks_all_scores(soft, options)
     untamed = 0
-    if target is not None and not apart:
+    if target is not None:
         untamed = exp_tile_from_target(tile, other, r, x, later, plan, options, scale)
-    if options is not None and apart:
+    if soft is not None:
         largest_in_lanes(tile, r, plan)
-        gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options)
+        soft_gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options)
         take_target_logits(tile, r, plan)
         exp_tile_from_maximum(tile, True, tile, True, r, x, later, plan)
+    if target is not None and options is not None and label_smoothing_of(options) != 0.0:
+        gaps_of_tile(tile, r, plan, weight, largest_weight)
     return untamed
 
 
@@ -434,7 +433,7 @@ def exp_tile_from_target(tile, e, r, x, later, plan, options, scale):
         largest_in_lanes(tile, r, plan)
         exp_tile(tile, True, e, True, r, x, later, plan, False)
         take_target_exps(e, r, plan)
-    if untamed or z_loss_of(options) != 0.0:
+    if untamed or options is not None:
         take_target_logits(tile, r, plan)
     else:
         for j in range(LANES):
@@ -466,8 +465,35 @@ def take_tops(r, like):
 
 
 @inline
-def gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options):
-    """As gaps_of_row, for every lane."""
+def gaps_of_tile(tile, r, plan, weight, largest_weight):
+    """As gaps_of_rows, added up as in exp_tile."""
+    num_classes, step, real = plan.num_classes, plan.step, tile.dtype.type
+    m, parts = lanes(tile), eight_lanes(tile)
+    for j in range(LANES):
+        m[j] = r[MAXIMUM + j]
+        r[GAP + j] = 0.0
+    for j in range(EIGHT * LANES):
+        parts[j] = 0
+    for c in range(num_classes):
+        row = tile[c * step : c * step + LANES]
+        w = weight[c]
+        part = parts[((c - num_classes) & (EIGHT - 1)) * LANES :][:LANES]
+        for j in range(LANES):
+            part[j] += times(w, m[j] - row[j])
+        if (num_classes - 1 - c) % (RUN * EIGHT) == 0:
+            for j in range(LANES):
+                r[GAP + j] += np.float64(fold_eight(parts, j, real))
+            for j in range(EIGHT * LANES):
+                parts[j] = 0
+    for j in range(LANES):
+        if not math.isfinite(r[GAP + j]):
+            r[GAP + j] = wide_gap(tile[j:], step, weight, num_classes, m[j])
+        r[GAP + j] *= largest_weight
+
+
+@inline
+def soft_gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options):
+    """As gaps_of_block, for every lane."""
     num_classes, step = plan.num_classes, plan.step
     real = tile.dtype.type
     target_share, uniform = 1.0 - options.label_smoothing, options.label_smoothing / num_classes
@@ -475,11 +501,8 @@ def gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options):
     bad = 0
     for j in range(LANES):
         r[GAP + j] = 0.0
-    if soft is not None:
-        clear_dead_lanes(soft, r, plan)
-        find_in_lanes(tile, r, plan)
-    elif uniform == 0.0:
-        return
+    clear_dead_lanes(soft, r, plan)
+    find_in_lanes(tile, r, plan)
     target_share, uniform = real(target_share), real(uniform)
     for j in range(LANES):
         m[j] = r[MAXIMUM + j]
@@ -490,16 +513,12 @@ def gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options):
     for c in range(num_classes):
         row = tile[c * step : c * step + LANES]
         w = weight[c] if weight.size else real(1)
-        if soft is not None:
-            t = soft[c * step : c * step + LANES]
-            number = real(c)
-            for j in range(LANES):
-                wt = w * (target_share * t[j] + uniform)
-                gap[j] += times(wt, m[j] - row[j])
-                mass[j] += real(0) if index[j] == number else wt
-        else:
-            for j in range(LANES):
-                gap[j] += times(w, m[j] - row[j])
+        t = soft[c * step : c * step + LANES]
+        number = real(c)
+        for j in range(LANES):
+            wt = w * (target_share * t[j] + uniform)
+            gap[j] += times(wt, m[j] - row[j])
+            mass[j] += real(0) if index[j] == number else wt
         if c % RUN == RUN - 1 or c == num_classes - 1:
             for j in range(LANES):
                 r[GAP + j] += np.float64(gap[j])
@@ -514,24 +533,22 @@ def gaps_of_tile(tile, soft, r, plan, weight, largest_weight, options):
         r[GAP + j] = 0.0
         for c in range(num_classes):
             wt = np.float64(weight[c]) if weight.size else 1.0
-            if soft is not None:
-                wt *= np.float64(target_share * soft[c * step + j] + uniform)
+            wt *= np.float64(target_share * soft[c * step + j] + uniform)
             r[GAP + j] += times(wt, np.float64(m[j]) - np.float64(tile[c * step + j]))
     for j in range(LANES):
         r[GAP + j] *= largest_weight
         r[MASS + j] *= largest_weight
-        if soft is not None:
-            k = int(index[j])
-            w = weight[k] if weight.size else real(1)
-            wt_k = w * (target_share * soft[k * step + j] + uniform)
-            r[TOP_MASS + j] = largest_weight * np.float64(wt_k)
+        k = int(index[j])
+        w = weight[k] if weight.size else real(1)
+        wt_k = w * (target_share * soft[k * step + j] + uniform)
+        r[TOP_MASS + j] = largest_weight * np.float64(wt_k)
 
 
 @inline
 def write_tile(e, tile, soft, r, plan, weight, largest_weight, options):
     """The last stage of cross-entropy: factor * e_c - spread * w_c t_c, left_out at INDEX.
 
-    Where spread is not 0, exponentials are in the tile.
+    Of soft targets, exponentials are in the tile.
     """
     num_classes, step = plan.num_classes, plan.step
     smoothing = label_smoothing_of(options)
@@ -539,7 +556,7 @@ def write_tile(e, tile, soft, r, plan, weight, largest_weight, options):
     real = tile.dtype.type
     f, left_out, index = lanes(tile), lanes(tile), lanes(tile)
     on_target, on_all = lanes(tile), lanes(tile)
-    narrow_factors(e, f, r, plan)
+    narrow_factors(e if soft is None else tile, f, r, plan)
     for j in range(LANES):
         spread = r[SPREAD + j] * largest_weight
         on_target[j] = spread * (1.0 - smoothing)
@@ -549,6 +566,7 @@ def write_tile(e, tile, soft, r, plan, weight, largest_weight, options):
     # left_out in passing: numbers put one by one would hold up who then reads the tile as vectors.
     for c in range(num_classes):
         row = tile[c * step : c * step + LANES]
+        exponentials = e[c * step : c * step + LANES]
         w = weight[c] if weight.size else real(1)
         number = real(c)
         if soft is not None:
@@ -558,10 +576,9 @@ def write_tile(e, tile, soft, r, plan, weight, largest_weight, options):
                 row[j] = left_out[j] if index[j] == number else g
         elif uniform != 0.0:
             for j in range(LANES):
-                g = row[j] * f[j] - w * on_all[j]
+                g = exponentials[j] * f[j] - w * on_all[j]
                 row[j] = left_out[j] if index[j] == number else g
         else:
-            exponentials = e[c * step : c * step + LANES]
             for j in range(LANES):
                 g = exponentials[j] * f[j]
                 row[j] = left_out[j] if index[j] == number else g

@@ -47,7 +47,7 @@ def is_log(operation):
 
 
 # The stages of rows that threads share.
-FIRST, COMMON_UNITS, MAXIMA, OWN_UNITS, WRITE, DONE = range(6)
+FIRST, COMMON_UNITS, MAXIMA, OWN_UNITS, GAPS, WRITE, DONE = range(7)
 
 
 class Plan(NamedTuple):
@@ -76,7 +76,7 @@ class Plan(NamedTuple):
     TARGET_LOGIT,
     TARGET_WEIGHT,
     ROW_WEIGHT,  # sample weight; 0 for rows that count for nothing
-    GAP,  # sum of w_c (maximum - x_c)
+    GAP,  # sum of w_c (maximum - x_c); of soft targets, of w_c t_c (maximum - x_c)
     MASS,  # of soft targets: sum of w_c t_c, all classes but the maximum's
     TOP_MASS,  # of soft targets: w_k t_k at the maximum's class k
     INDEX,  # the class left out
