@@ -275,9 +275,9 @@ cdef inline bint exp_tile_untamed(
     cdef Py_ssize_t j
     for j in range(LANES):
         own[j] = 0
-    if untamed[0]:
+    if untamed[0] or is_apart(job):
         take_maxima(job, tile, r)
-        hopeless = hopeless_of(job.num_classes, tile[0])
+        hopeless = <real>INFINITY if is_apart(job) else hopeless_of(job.num_classes, tile[0])
         for j in range(LANES):
             own[j] = is_hopeless(<real>r.maximum[j], hopeless)
     for j in range(LANES):
