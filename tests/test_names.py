@@ -33,7 +33,7 @@ ALONE = {
         "soft_block", "soft_gap", "soft_mass",
     },
     "Numba is told by None what is not given, and does not compile what asks for it": {
-        "label_smoothing_of", "z_loss_of", "is_smooth",
+        "label_smoothing_of", "z_loss_of", "is_smooth", "is_apart",
     },
     "Numba is told the operation when it compiles: there is a share for each": {
         "is_backward", "is_nll", "has_losses", "has_soft_target", "writes_rows", "is_flat",

@@ -244,9 +244,9 @@ cdef inline bint are_hopeless(
     cdef real hopeless
     cdef bint result = True
     cdef Py_ssize_t i
-    if not untamed_of(job, scratch)[0]:
+    if not untamed_of(job, scratch)[0] and not is_apart(job):
         return False
-    hopeless = hopeless_of(job.num_classes, scratch[0])
+    hopeless = <real>INFINITY if is_apart(job) else hopeless_of(job.num_classes, scratch[0])
     largest_of_rows(job, first, n, r, scratch)
     for i in range(n):
         r.own[i] = r.row_weight[i] != 0.0

@@ -272,8 +272,8 @@ cdef inline void find_hopeless(
     for j in range(LANES):
         own[j] = 0
         r.maximum[j] = 0.0
-    if untamed[0]:
-        hopeless = hopeless_of(job.num_classes, tile[0])
+    if untamed[0] or is_apart(job):
+        hopeless = <real>INFINITY if is_apart(job) else hopeless_of(job.num_classes, tile[0])
         take_maxima(job, tile, r)
         for j in range(LANES):
             own[j] = is_hopeless(<real>r.maximum[j], hopeless)

@@ -145,6 +145,11 @@ cdef inline bint is_smooth(const Job* job) noexcept nogil:
     return job.other == NULL and job.options.label_smoothing != 0.0
 
 
+cdef inline bint is_apart(const Job* job) noexcept nogil:
+    """Whether label smoothing asks that all rows have their own units."""
+    return is_smooth(job) and job.tame_scale == 0.0
+
+
 cdef inline bint adds_as_rows(const Job* job) noexcept nogil:
     """Whether a row is added up in chunks, and not in eights."""
     return job.num_classes > SHORT_FLAT_ROW
