@@ -45,7 +45,7 @@ ALONE = {
     "GCC makes one instruction of a bound only if it does not know it": {"bound"},
     "Cython looks for maxima first where the rows before needed them": {
         "hopeless_of", "is_hopeless", "are_hopeless", "find_hopeless", "untamed_of", "take_maxima",
-        "exp_tile_untamed", "take_units",
+        "exp_tile_untamed", "take_units", "all_apart",
     },
     "Cython keeps whose each number of sixteen short rows is and its weight, Numba computes it": {
         "begin_rows", "owners_of", "weights_of", "terms_of", "share_of_row",

@@ -25,6 +25,7 @@ from fastloss._numba.machine import (
     borrow,
     call_share,
     end_stream,
+    must_be_compiled,
     set_float_mode,
     unless_none,
 )
@@ -141,9 +142,11 @@ def small_loss(share, x, target, kind, out, plan, ignore_index, scale):
     tiles = np.empty((1, named.numbers + LINE // 4), x.dtype)
     fields = np.empty((1, FIELDS + LINE // 8))
     given = (x, target.view(np.uint8), kind, None)
-    options = (ignore_index, None, scale)
+    options = (ignore_index, None, scale, scale)
     room = (tiles, None, None, None, fields, partial)
-    call_share(share, given + weights + plan + options + (x[:0], out) + room, units, 0, 1)
+    arguments = given + weights + plan + options + (x[:0], out) + room
+    must_be_compiled(cross_entropy_share, arguments)
+    call_share(share, arguments, units, 0, 1)
     total = 0.0
     for unit in range(units):
         total += partial[unit]

@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
@@ -640,6 +641,23 @@ def call_share(typing_context, address, arguments, units, thread, threads):
 
     signature = types.void(types.intp, arguments, types.intp, types.intp, types.intp)
     return signature, generate
+
+
+@intrinsic
+def must_be_compiled(typing_context, share, arguments):
+    """Fail where no such share was compiled: one called by its address asks for no types."""
+
+    def flat(kinds):
+        for kind in kinds:
+            if isinstance(kind, types.BaseTuple):
+                yield from flat(kind.types)
+            else:
+                yield kind.copy(readonly=False) if isinstance(kind, types.Array) else kind
+
+    wanted = [*flat(arguments.types), types.intp, types.intp, types.intp]
+    if wanted not in [[*flat(kinds)] for kinds in share.dispatcher.overloads]:
+        raise TypingError(f"no {share} was compiled for {wanted}")
+    return types.void(share, arguments), lambda context, *_: context.get_dummy_value()
 
 
 def _sse(builder, name, arguments=()):

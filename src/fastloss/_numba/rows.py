@@ -211,6 +211,15 @@ def find_untamed(r, n, scale, like):
 
 
 @inline
+def all_apart(r, n):
+    """No row is to be taken in common units."""
+    for i in range(n):
+        r[OTHERS + i] = 1.0
+        r[TARGET_EXP + i] = 1.0
+        r[OWN + i] = 0.0 if r[ROW_WEIGHT + i] == 0.0 else 1.0
+
+
+@inline
 def scale_row(e, f):
     for i in range(e.size):
         e[i] *= f
@@ -514,10 +523,14 @@ def reduce_to_nothing(r, i):
 @inline
 def exp_rows_from_target(x, r, kept, first, n, plan, buffer, ahead, options, scale):
     """Exponentials in common units, and sums of them; how many rows these are not for."""
-    exp_rows(x, kept, first, n, plan, buffer, ahead)
-    take_targets(kept, r, n, plan.num_classes)
-    sum_rows(kept, r, OTHERS, n, plan.num_classes)
-    untamed = find_untamed(r, n, scale, kept)
+    untamed = n
+    if scale == 0.0:
+        all_apart(r, n)
+    else:
+        exp_rows(x, kept, first, n, plan, buffer, ahead)
+        take_targets(kept, r, n, plan.num_classes)
+        sum_rows(kept, r, OTHERS, n, plan.num_classes)
+        untamed = find_untamed(r, n, scale, kept)
     relate_to_targets(x, r, first, n, plan, options)
     return untamed
 

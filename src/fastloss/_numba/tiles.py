@@ -34,6 +34,7 @@ from fastloss._numba.losses import (
 from fastloss._numba.machine import eight_lanes, lanes, transpose
 from fastloss._numba.memory import carry_of, copy, fetch, load_block, load_into, store, store_run
 from fastloss._numba.rows import (
+    all_apart,
     begin_top,
     find_untamed,
     find_untamed_by_top,
@@ -425,10 +426,14 @@ def exp_tile_from_maximum(tile, skip, e, keep, r, x, later, plan):
 @inline
 def exp_tile_from_target(tile, e, r, x, later, plan, options, scale):
     """exp_tile in common units, with the target as what others are related to, where that does."""
-    take_units(r, 0.0)
-    exp_tile(tile, True, e, True, r, x, later, plan, False)
-    take_target_exps(e, r, plan)
-    untamed = find_untamed(r, LANES, scale, tile)
+    untamed = LANES
+    if scale == 0.0:
+        all_apart(r, LANES)
+    else:
+        take_units(r, 0.0)
+        exp_tile(tile, True, e, True, r, x, later, plan, False)
+        take_target_exps(e, r, plan)
+        untamed = find_untamed(r, LANES, scale, tile)
     if untamed:
         largest_in_lanes(tile, r, plan)
         exp_tile(tile, True, e, True, r, x, later, plan, False)
