@@ -13,8 +13,8 @@ JIT = {"jit"}  # nothing that Cython needs
 ALONE = {
     "C has the function, or Cython a pointer, where Numba needs code of its own": {
         "borrow", "as_input", "lanes", "eight_lanes", "prefetch", "stream_line", "end_stream",
-        "set_float_mode", "load_index", "convert_half", "call_share", "unless_none", "load_one",
-        "load_into", "copy", "largest_lane", "fold_top",
+        "set_float_mode", "load_index", "convert_half", "call_share", "must_be_compiled",
+        "unless_none", "load_one", "load_into", "copy", "largest_lane", "fold_top",
     },
     "arrays know their size and type, and slices where they begin; pointers do not": {
         "itemsize", "blocks_in", "row_of", "weight_of", "tile_of", "other_tile_of", "turned_of",

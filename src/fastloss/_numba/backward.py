@@ -130,7 +130,7 @@ def backward_part(g, p, r, kept, buffer, line, first, n, plan):
     forward = load_block(p, start, size, line, plan.storage)
     if not terms_of_run(upstream, forward, kept[:size], log_probs):
         return False
-    sum_rows(kept, r, n, num_classes)
+    sum_rows(kept, r, OTHERS, n, num_classes)
     f = lanes(kept)
     unit = unit_of(real(0)) if log_probs else 1.0
     odd = 0
