@@ -41,6 +41,18 @@ def test_upstream_gradients_as_large_as_can_be(dtype, layout, kind, backend):
             assert_close_or_too_large(layout.rows(result, "logits"), right, dtype)
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS, Layout(6, 200), Layout(2, 200, 3)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_neither_the_sum_nor_an_exponential_is_in_range(dtype, layout, backend):
+    """These are no log-probabilities, but that the product is too large is sure."""
+    shape = (layout.n, layout.num_classes)
+    g = np.full(shape, np.finfo(dtype).max, dtype)
+    log_probs = 1e4 + np.random.default_rng(0).normal(size=shape).astype(dtype)
+    arrays = [layout.arrange(array) for array in (g, log_probs)]
+    result = fl.log_softmax_backward(*arrays, axis=layout.axis, backend=backend)
+    assert (result == -np.inf).all()
+
+
 def assert_close_or_too_large(result, right, dtype):
     """What the dtype cannot hold is infinite."""
     too_large = np.abs(right.value) > np.finfo(dtype).max

@@ -249,10 +249,10 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
             total[j] = huge_sum(operation, g + j, p + j, step, job.num_classes)
             huge_difference(operation, g + j, p + j, g + j, step, job.num_classes, maximum[j],
                            total[j])
-            if operation == SOFTMAX_BACKWARD:
-                for c in range(job.num_classes):
-                    p[c * step + j] = 1
+            for c in range(job.num_classes):
+                p[c * step + j] = 1
             total[j] = 0.0
+            maximum[j] = 0
     for j in range(LANES):
         f[j] = <real>total[j]
         unit_m[j] = unit_of(<real>0.0)

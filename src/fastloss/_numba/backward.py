@@ -215,9 +215,9 @@ def backward_tile(tile, upstreams, r, plan):
                 g, forward, g, step, num_classes, pivot[j], magic[j], lowest[j], unit, total,
                 log_probs,
             )  # fmt: skip
-            for c in range(0 if log_probs else num_classes):
+            for c in range(num_classes):
                 forward[c * step] = 1
-            total = 0.0
+            total, unit = 0.0, 1.0
         factor = shrink_for(total, unit, tile) if log_probs else 1.0
         shrink[j] = factor
         f[j] = total * (1 / factor) * unit if log_probs else total
