@@ -81,9 +81,9 @@ def find(x, value):
     """The first position of value, or the size of x."""
     for start in range(0, x.size, LANES):
         part = x[start : min(start + LANES, x.size)]
-        hits = 0
+        hits = False
         for j in range(part.size):
-            hits += part[j] == value
+            hits |= part[j] == value
         if hits:
             for j in range(part.size):
                 if part[j] == value:
@@ -150,41 +150,27 @@ def exp_block(x, skip, pivot, magic, e, later, start):
     Meanwhile the array `later` is fetched from index start on.
     """
     lowest = lowest_of(magic)
-    lane = lanes(e)
-    value = lanes(e)
-    rest = lanes(e)
-    holed = lanes(e)
-    whole = x.size // CHUNK
-    hole = -1
-    if whole * CHUNK < x.size:
-        pad(x[whole * CHUNK :], -1, rest)
-    if 0 <= skip < x.size:
-        hole = skip // CHUNK
-        pad(x[hole * CHUNK :], skip % CHUNK, holed)
+    lane, value = lanes(e), lanes(e)
+    whole, hole = x.size // CHUNK, skip // CHUNK
     for j in range(CHUNK):
         lane[j] = 0
     for chunk in range((x.size + CHUNK - 1) // CHUNK):
         i = chunk * CHUNK
         fetch(later, start + i, CHUNK)
-        if chunk == hole:
+        if chunk < whole and chunk != hole:  # at once to where they go: copies become scalars
+            source, to = x[i : i + CHUNK], e[i : i + CHUNK]
             for j in range(CHUNK):
-                value[j] = exponential(holed[j], pivot, magic, lowest)
-        elif chunk == whole:
+                to[j] = exponential(source[j], pivot, magic, lowest)
             for j in range(CHUNK):
-                value[j] = exponential(rest[j], pivot, magic, lowest)
+                lane[j] += to[j]
         else:
-            source = x[i : i + CHUNK]
+            pad(x[i:], skip - i, value)
             for j in range(CHUNK):
-                value[j] = exponential(source[j], pivot, magic, lowest)
-        for j in range(CHUNK):
-            lane[j] += value[j]
-        to = e[i : min(i + CHUNK, x.size)]
-        if chunk < whole:
+                value[j] = exponential(value[j], pivot, magic, lowest)
             for j in range(CHUNK):
-                to[j] = value[j]
-        else:
-            for j in range(to.size):
-                to[j] = value[j]
+                lane[j] += value[j]
+            for j in range(min(CHUNK, x.size - i)):
+                e[i + j] = value[j]
     return fold(lane)
 
 
