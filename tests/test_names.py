@@ -29,9 +29,6 @@ ALONE = {
         "softmax_vjp", "log_softmax_vjp", "fold_four", "scale_and_spread", "scale_and_subtract",
         "transpose_rows", "store_halves",
     },
-    "sums of soft targets: one loop in Cython, two reductions in Numba": {
-        "soft_block", "soft_gap", "soft_mass",
-    },
     "Numba is told by None what is not given, and does not compile what asks for it": {
         "label_smoothing_of", "z_loss_of", "is_smooth", "is_apart",
     },

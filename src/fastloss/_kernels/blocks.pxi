@@ -280,43 +280,72 @@ cdef inline void gap_run(
         terms[j] = times(weight[j], terms[j] - x[j])
 
 
-cdef inline void soft_block(
-    const Job* job, const real* x, const real* t, Py_ssize_t start, Py_ssize_t n, real m,
-    double* gap, double* mass,
+cdef inline void weigh(
+    const Job* job, const real* t, const real* weight, Py_ssize_t n, real* wt
 ) noexcept nogil:
-    """Add the sums of w_c t_c (m - x_c) and of w_c t_c from class start on, w_c relative."""
-    cdef double wide[CHUNK]
-    cdef real gap_lane[CHUNK]
-    cdef real mass_lane[CHUNK]
-    cdef const real* weight = <const real*>job.relative_weight + start
+    """w_c t_c, w_c relative."""
     cdef real target_share = <real>(1.0 - job.options.label_smoothing)
     cdef real uniform = <real>(job.options.label_smoothing / job.num_classes)
-    cdef real wt
-    cdef double total
-    cdef Py_ssize_t chunk, i, j, width
+    cdef Py_ssize_t j
+    if weight == NULL:
+        for j in range(n):
+            wt[j] = target_share * t[j] + uniform
+    else:
+        for j in range(n):
+            wt[j] = weight[j] * (target_share * t[j] + uniform)
+
+
+cdef inline void soft_block(
+    const Job* job, const real* x, const real* t, const real* weight, Py_ssize_t n, Py_ssize_t skip,
+    real m, Block* block, const char* later, Py_ssize_t step,
+) noexcept nogil:
+    """The sum of w_c t_c (m - x_c), that of w_c t_c without `skip`, and w_c t_c there; w_c relative.
+
+    Meanwhile memory is fetched, as in exp_block.
+    """
+    cdef real gap[CHUNK]
+    cdef real mass[CHUNK]
+    cdef real wt[CHUNK]
+    cdef real rest[CHUNK]
+    cdef const real* source
+    cdef Py_ssize_t chunk, i, j, whole = n // CHUNK
+    pad(x + whole * CHUNK, n - whole * CHUNK, -1, rest)
+    block.top_mass = 0.0
     for j in range(CHUNK):
-        gap_lane[j] = mass_lane[j] = 0
-        wide[j] = 0.0
+        gap[j] = mass[j] = 0
     for chunk in range((n + CHUNK - 1) // CHUNK):
         i = chunk * CHUNK
-        width = min(n - i, <Py_ssize_t>CHUNK)
-        if job.weight == NULL:
-            for j in range(width):
-                wt = target_share * t[i + j] + uniform
-                mass_lane[j] += wt
-                gap_lane[j] += times(wt, m - x[i + j])
+        source = x + i
+        fetch(later + chunk * step, step)
+        if chunk < whole:
+            weigh(job, t + i, NULL if weight == NULL else weight + i, CHUNK, wt)
         else:
-            for j in range(width):
-                wt = weight[i + j] * (target_share * t[i + j] + uniform)
-                mass_lane[j] += wt
-                gap_lane[j] += times(wt, m - x[i + j])
-    mass[0] += fold(mass_lane)
-    total = fold(gap_lane)
-    if not is_finite(total):  # in float64 where it leaves the range of x
-        for j in range(n):
-            wt = target_share * t[j] + uniform
-            if job.weight != NULL:
-                wt *= weight[j]
-            wide[j % CHUNK] += times(<double>wt, <double>m - <double>x[j])
-        total = fold(wide)
-    gap[0] += total
+            source = rest
+            memset(wt, 0, sizeof(wt))
+            weigh(job, t + i, NULL if weight == NULL else weight + i, n - i, wt)
+        for j in range(CHUNK):
+            gap[j] += times(wt[j], m - source[j])
+        if i <= skip < i + CHUNK and skip < n:
+            block.top_mass = wt[skip - i]
+            wt[skip - i] = 0
+        for j in range(CHUNK):
+            mass[j] += wt[j]
+    block.mass = fold(mass)
+    block.gap = fold(gap)
+    if not is_finite(block.gap):
+        block.gap = wide_soft_gap(job, x, t, weight, n, m)
+
+
+cdef double wide_soft_gap(
+    const Job* job, const real* x, const real* t, const real* weight, Py_ssize_t n, real m
+) noexcept nogil:
+    """The gap of soft_block in float64, where it leaves the range of x."""
+    cdef double lane[CHUNK]
+    cdef real wt
+    cdef Py_ssize_t j
+    for j in range(CHUNK):
+        lane[j] = 0.0
+    for j in range(n):
+        weigh(job, t + j, NULL if weight == NULL else weight + j, 1, &wt)
+        lane[j % CHUNK] += times(<double>wt, <double>m - <double>x[j])
+    return fold(lane)

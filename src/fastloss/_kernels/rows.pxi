@@ -579,18 +579,15 @@ cdef void gaps_of_block(
     real* scratch,
 ) noexcept nogil:
     """sum w_c t_c (m - x_c), the sum of w_c t_c without the maximum, and its w_k t_k."""
-    cdef Py_ssize_t c = b * BLOCK, n = min(job.num_classes - c, <Py_ssize_t>BLOCK), k
+    cdef Py_ssize_t c = b * BLOCK, n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
+    cdef Py_ssize_t size = itemsize(job.other_storage)
     cdef const real* x = load_block(
         job.storage, row_of(job, job.logits, job.storage, row), c, n, scratch)
-    cdef const real* t = load_block(
-        job.other_storage, row_of(job, job.other, job.other_storage, row), c, n, scratch + BLOCK)
-    block.gap = block.mass = block.top_mass = 0.0
-    k = min(max(index - c, <Py_ssize_t>0), n)
-    soft_block(job, x, t, c, k, m, &block.gap, &block.mass)
-    if k < n and c + k == index:
-        soft_block(job, x + k, t + k, index, 1, m, &block.gap, &block.top_mass)
-        k += 1
-    soft_block(job, x + k, t + k, c + k, n - k, m, &block.gap, &block.mass)
+    cdef const char* targets = row_of(job, job.other, job.other_storage, row)
+    cdef const char* later = targets + (c + min(job.group * job.row_step, <Py_ssize_t>AHEAD)) * size
+    cdef const real* t = load_block(job.other_storage, targets, c, n, scratch + BLOCK)
+    cdef const real* weight = NULL if job.weight == NULL else <const real*>job.relative_weight + c
+    soft_block(job, x, t, weight, n, index - c, m, block, later, CHUNK * size)
     block.gap *= job.largest_weight
     block.mass *= job.largest_weight
     block.top_mass *= job.largest_weight

@@ -81,9 +81,9 @@ def find(x, value):
     """The first position of value, or the size of x."""
     for start in range(0, x.size, LANES):
         part = x[start : min(start + LANES, x.size)]
-        hits = 0
+        hits = False
         for j in range(part.size):
-            hits += part[j] == value
+            hits |= part[j] == value
         if hits:
             for j in range(part.size):
                 if part[j] == value:
@@ -150,41 +150,27 @@ def exp_block(x, skip, pivot, magic, e, later, start):
     Meanwhile the array `later` is fetched from index start on.
     """
     lowest = lowest_of(magic)
-    lane = lanes(e)
-    value = lanes(e)
-    rest = lanes(e)
-    holed = lanes(e)
-    whole = x.size // CHUNK
-    hole = -1
-    if whole * CHUNK < x.size:
-        pad(x[whole * CHUNK :], -1, rest)
-    if 0 <= skip < x.size:
-        hole = skip // CHUNK
-        pad(x[hole * CHUNK :], skip % CHUNK, holed)
+    lane, value = lanes(e), lanes(e)
+    whole, hole = x.size // CHUNK, skip // CHUNK
     for j in range(CHUNK):
         lane[j] = 0
     for chunk in range((x.size + CHUNK - 1) // CHUNK):
         i = chunk * CHUNK
         fetch(later, start + i, CHUNK)
-        if chunk == hole:
+        if chunk < whole and chunk != hole:  # at once to where they go: copies become scalars
+            source, to = x[i : i + CHUNK], e[i : i + CHUNK]
             for j in range(CHUNK):
-                value[j] = exponential(holed[j], pivot, magic, lowest)
-        elif chunk == whole:
+                to[j] = exponential(source[j], pivot, magic, lowest)
             for j in range(CHUNK):
-                value[j] = exponential(rest[j], pivot, magic, lowest)
+                lane[j] += to[j]
         else:
-            source = x[i : i + CHUNK]
+            pad(x[i:], skip - i, value)
             for j in range(CHUNK):
-                value[j] = exponential(source[j], pivot, magic, lowest)
-        for j in range(CHUNK):
-            lane[j] += value[j]
-        to = e[i : min(i + CHUNK, x.size)]
-        if chunk < whole:
+                value[j] = exponential(value[j], pivot, magic, lowest)
             for j in range(CHUNK):
-                to[j] = value[j]
-        else:
-            for j in range(to.size):
-                to[j] = value[j]
+                lane[j] += value[j]
+            for j in range(min(CHUNK, x.size - i)):
+                e[i + j] = value[j]
     return fold(lane)
 
 
@@ -298,31 +284,66 @@ def gap_run(x, weight, terms):
         terms[i] = times(weight[i], terms[i] - x[i])
 
 
-@summing
-def soft_mass(t, weight, target_share, uniform):
-    """sum of w_c t_c, w_c relative"""
-    total = t.dtype.type(0)
+@inline
+def weigh(t, weight, target_share, uniform, wt):
+    """w_c t_c, w_c relative."""
     if weight.size:
-        for i in range(t.size):
-            total += weight[i] * (target_share * t[i] + uniform)
+        for j in range(t.size):
+            wt[j] = weight[j] * (target_share * t[j] + uniform)
     else:
-        for i in range(t.size):
-            total += target_share * t[i] + uniform
-    return np.float64(total)
+        for j in range(t.size):
+            wt[j] = target_share * t[j] + uniform
 
 
-@summing
-def soft_gap(x, t, weight, target_share, uniform, m):
-    """sum of w_c t_c (m - x_c), w_c relative; in float64 where it leaves the range of x"""
-    narrow = x.dtype.type(0)
-    if weight.size:
-        for i in range(x.size):
-            narrow += times(weight[i] * (target_share * t[i] + uniform), m - x[i])
-    else:
-        for i in range(x.size):
-            narrow += times(target_share * t[i] + uniform, m - x[i])
-    if narrow - narrow == 0:
-        return np.float64(narrow)
+@inline
+def soft_block(x, t, weight, skip, m, target_share, uniform, later, start):
+    """The sum of w_c t_c (m - x_c), that of w_c t_c without skip, and w_c t_c there; w_c relative.
+
+    Meanwhile memory is fetched, as in exp_block.
+    """
+    gap, mass, wt, value = lanes(x), lanes(x), lanes(x), lanes(x)
+    whole = x.size // CHUNK
+    top_mass = 0.0
+    for j in range(CHUNK):
+        gap[j] = 0
+        mass[j] = 0
+    for chunk in range((x.size + CHUNK - 1) // CHUNK):
+        i = chunk * CHUNK
+        fetch(later, start + i, CHUNK)
+        if chunk < whole:
+            source, target = x[i : i + CHUNK], t[i : i + CHUNK]
+            if weight.size:
+                relative = weight[i : i + CHUNK]
+                for j in range(CHUNK):
+                    wt[j] = relative[j] * (target_share * target[j] + uniform)
+            else:
+                for j in range(CHUNK):
+                    wt[j] = target_share * target[j] + uniform
+            for j in range(CHUNK):
+                value[j] = m - source[j]
+        else:
+            for j in range(CHUNK):
+                wt[j] = 0
+            weigh(t[i:], weight[i:], target_share, uniform, wt)
+            pad(x[i:], -1, value)
+            for j in range(CHUNK):
+                value[j] = m - value[j]
+        for j in range(CHUNK):
+            gap[j] += times(wt[j], value[j])
+        if i <= skip < min(i + CHUNK, x.size):
+            top_mass = np.float64(wt[skip - i])
+            wt[skip - i] = 0
+        for j in range(CHUNK):
+            mass[j] += wt[j]
+    total = fold(gap)
+    if total - total != 0:
+        total = wide_soft_gap(x, t, weight, m, target_share, uniform)
+    return total, fold(mass), top_mass
+
+
+@inline
+def wide_soft_gap(x, t, weight, m, target_share, uniform):
+    """The gap of soft_block in float64, where it leaves the range of x."""
     total = 0.0
     for i in range(x.size):
         wt = np.float64(target_share * t[i] + uniform) * (weight[i] if weight.size else 1.0)

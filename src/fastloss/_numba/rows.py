@@ -29,8 +29,7 @@ from fastloss._numba.blocks import (
     holds_nan,
     largest,
     scale_kept,
-    soft_gap,
-    soft_mass,
+    soft_block,
     sum_kept,
     top_block,
     wide_gap,
@@ -587,8 +586,9 @@ def reduce_row(
     if soft is not None:
         for c in range(0, plan.num_classes, BLOCK):
             gap, mass, top_mass = gaps_of_block(
-                x, soft, start, c, index, m, plan, weight, largest_weight, options, buffer, line
-            )
+                x, soft, start, c, index, m, plan, weight, largest_weight, options, buffer, line,
+                ahead,
+            )  # fmt: skip
             r[GAP + i] += gap
             r[MASS + i] += mass
             r[TOP_MASS + i] += top_mass
@@ -598,25 +598,22 @@ def reduce_row(
 
 
 @inline
-def gaps_of_block(x, soft, start, c, index, m, plan, weight, largest_weight, options, buffer, line):
+def gaps_of_block(
+    x, soft, start, c, index, m, plan, weight, largest_weight, options, buffer, line, ahead
+):
     """sum w t (m - x), the sum of w t without the maximum, and its own w t.
 
     All of the block that begins with class c.
     """
-    top_mass = 0.0
     n = min(BLOCK, plan.num_classes - c)
     block = load_block(x, start + c, n, buffer, plan.storage)
-    w = weight[c : c + n]
     target_share = buffer.dtype.type(1.0 - options.label_smoothing)
     uniform = buffer.dtype.type(options.label_smoothing / plan.num_classes)
     t = load_block(soft, start + c, n, line, plan.other_storage)
-    gap = soft_gap(block, t, w, target_share, uniform, m)
-    k = min(max(index - c, 0), n)
-    mass = soft_mass(t[:k], w[:k], target_share, uniform)
-    if k < n and c + k == index:
-        top_mass = soft_mass(t[k : k + 1], w[k : k + 1], target_share, uniform)
-        k += 1
-    mass += soft_mass(t[k:], w[k:], target_share, uniform)
+    gap, mass, top_mass = soft_block(
+        block, t, weight[c : c + n], index - c, buffer.dtype.type(m), target_share, uniform,
+        soft, start + c + ahead,
+    )  # fmt: skip
     return largest_weight * gap, largest_weight * mass, largest_weight * top_mass
 
 

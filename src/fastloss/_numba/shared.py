@@ -308,7 +308,7 @@ def take_block(stage, shared, soft, options, losses, place):
         if soft is not None:
             gap, mass, top_mass = gaps_of_block(
                 shared.x, soft, start, c, index + c, m, plan, shared.weight,
-                shared.largest_weight, options, buffer, shared.line,
+                shared.largest_weight, options, buffer, shared.line, BLOCK,
             )  # fmt: skip
             found[GAP_SUM, place], found[MASS_SUM, place] = gap, mass
             found[TOP_MASS_SUM, place] = top_mass
