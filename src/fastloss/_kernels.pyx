@@ -34,10 +34,10 @@ log_softmax, partial sums leave out their largest term, which goes along with ea
 all is the maximum's, whichever class that is.
 0 * inf counts as 0.
 
-The hot loops are those over CHUNK or LANES in largest, exp_run, exp_block, top_block, exp_tile,
-write_tile and transpose, {sum,top}_eight, gap_run, {scale,spread,shift,smooth}_sixteen, and those of
-scale_row, terms_of_run,
-finish_run, plain_step and cross_entropy_step.
+The hot loops are those over CHUNK or LANES in largest, exp_run, exp_block, top_block, soft_block,
+exp_tile, top_of_tile, write_tile and transpose, {sum,top}_eight, gap_run, and
+{scale,spread,shift,smooth}_sixteen, and those of scale_row, terms_of_run, finish_run, plain_step and
+cross_entropy_step.
 In the assembly (objdump -d) they must be straight runs of packed instructions, zmm registers in the
 v4 build and ymm in v3, without a call, a scalar instruction or a gather.  exp_run is bound by its
 10 multiplications per vector, its minimum and maximum being one instruction each; all else must
