@@ -645,9 +645,10 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
         *arguments, *_scratch(logits, plan, threads), _turned(x, plan, threads), turned_soft,
         _fields(plan, threads), partial,
     )  # fmt: skip
-    _run(cross_entropy_share, arguments, units, threads)
     if small:
         _addresses[cross_entropy_share, logits.dtype] = _address(cross_entropy_share, arguments)
+        return cross_entropy(logits, labels, options, scale, losses, grad, num_threads)
+    _run(cross_entropy_share, arguments, units, threads)
     return _total(partial)
 
 
@@ -952,9 +953,8 @@ def warmup():
             log_softmax(logits, np.empty_like(logits), threads)
             check_target(labels, options, 2, threads)
             cross_entropy(logits, labels, options, 1.0, None, np.empty_like(logits), threads)
-        for _ in range(2):  # the first small call learns where the share is
-            one, target = logits[:1], Labels(labels.target[:1], None, None)
-            cross_entropy(one, target, options, 1.0, None, np.empty_like(one), 1)
+        one, target = logits[:1], Labels(labels.target[:1], None, None)
+        cross_entropy(one, target, options, 1.0, None, np.empty_like(one), 1)
 
 
 def describe():
