@@ -687,8 +687,11 @@ def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
 
 def _total(partial):
     """The sum of the row losses from those of rows summed together; small calls have few."""
-    if partial.size < FEW:
-        return sum(partial.tolist())
+    if partial.size < FEW:  # as small_loss; sum() adds more exactly from Python 3.12 on
+        total = 0.0
+        for part in partial.tolist():
+            total += part
+        return total
     # Out is written: a sum of losses that is infinite or NaN must not become an error now.
     with np.errstate(all="ignore"):
         return float(partial.sum())
