@@ -248,7 +248,7 @@ label_smoothing, z_loss, reduction, normalizer, chunk_rows, backend, num_threads
     inputs_grad = _arguments.flag(inputs_grad, "inputs_grad")
     weight_grad = _arguments.flag(linear_weight_grad, "linear_weight_grad")
     accumulate = _arguments.flag(accumulate, "accumulate")
-    if plan.plain and functional._small and not accumulate:
+    if plan.plain and not accumulate:
         wanted = (weight_grad, linear_bias is not None, inputs_grad)
         if arrays := functional._small.gradients(out, plan.layer, plan.labels, wanted):
             gradients = LinearGradients(*arrays)
