@@ -49,7 +49,7 @@ def test_public_functions_share_options():
     for name in fl.__all__:
         function = getattr(fl, name)
         assert function.__doc__
-        if function.__module__ == "fastloss.functional":
+        if function.__module__ in ("fastloss.functional", "fastloss.losses"):
             parameters = inspect.signature(function).parameters
             for option in ("backend", "num_threads"):
                 assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY

@@ -41,7 +41,13 @@ SCORES = tuple(name for name in EVERY if BY_FUNCTION[name].scores == "logits")
 NLL = tuple(name for name in EVERY if BY_FUNCTION[name].inputs == ("log_probs", "target"))
 BACKWARD = tuple(name for name in EVERY if BY_FUNCTION[name].family == "backward")
 LOSSES = tuple(name for name in EVERY if BY_FUNCTION[name].family == "loss")
-FACTORS = [option for option in OPERATIONS["cross_entropy"].options if option != "label_smoothing"]
+FACTORS = [
+    (operation.functions, option)
+    for operation in OPERATIONS.values()
+    for option in operation.options
+    if option not in ("label_smoothing", "epsilon")
+]
+POLY = OPERATIONS["poly_loss"].functions
 CROSS_ENTROPY = tuple(name for name in LOSSES if BY_FUNCTION[name].soft)
 WITH_OUT = tuple(
     name for name in EVERY if BY_FUNCTION[name].returns == "logits" or name.endswith("_with_grad")
@@ -224,15 +230,18 @@ ERRORS = [
                       np.timedelta64(0, "s"), np.ma.masked_array(0.5))
     ],
     *[
-        (CROSS_ENTROPY, {factor: value}, ValueError,
+        (functions, {factor: value}, ValueError,
          f"{factor} = {value} is not a finite number of at least 0")
-        for factor in FACTORS
+        for functions, factor in FACTORS
         for value in (-1e-4, np.nan, np.inf)
     ],
     *[
-        (CROSS_ENTROPY, {factor: [1.0, 2.0]}, TypeError,
-         f"{factor} = [1.0, 2.0] is not a real number")
-        for factor in FACTORS
+        (functions, {factor: [1.0, 2.0]}, TypeError, f"{factor} = [1.0, 2.0] is not a real number")
+        for functions, factor in [*FACTORS, (POLY, "epsilon")]
+    ],
+    *[
+        (POLY, {"epsilon": value}, ValueError, f"epsilon = {value} is not a finite number")
+        for value in (np.nan, np.inf, -np.inf)
     ],
     (EVERY, {"num_threads": 0}, ValueError,
      "num_threads = 0 is out of range; it must be from 1 to 65536"),

@@ -11,13 +11,9 @@ from fastloss._backend import (
 )
 from fastloss._threads import get_num_threads, set_num_threads
 from fastloss.functional import (
-    cross_entropy,
-    cross_entropy_with_grad,
     log_softmax,
     log_softmax_backward,
     logsumexp,
-    nll_loss,
-    nll_loss_with_grad,
     softmax,
     softmax_backward,
 )
@@ -27,12 +23,24 @@ from fastloss.linear import (
     linear_cross_entropy,
     linear_cross_entropy_with_grad,
 )
+from fastloss.losses import (
+    cross_entropy,
+    cross_entropy_with_grad,
+    focal_loss,
+    focal_loss_with_grad,
+    nll_loss,
+    nll_loss_with_grad,
+    poly_loss,
+    poly_loss_with_grad,
+)
 
 __all__ = [
     "LinearGradients",
     "available_backends",
     "cross_entropy",
     "cross_entropy_with_grad",
+    "focal_loss",
+    "focal_loss_with_grad",
     "get_backend",
     "get_num_threads",
     "l2_penalty",
@@ -43,6 +51,8 @@ __all__ = [
     "logsumexp",
     "nll_loss",
     "nll_loss_with_grad",
+    "poly_loss",
+    "poly_loss_with_grad",
     "set_backend",
     "set_num_threads",
     "show_config",

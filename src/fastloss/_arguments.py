@@ -289,12 +289,15 @@ def _weights(value: ArrayLike, shape: tuple[int, ...], name: str, reason: str) -
     return array
 
 
-def options(ignore_index: Any, label_smoothing: Any = 0.0, **factors: Any) -> Options:
+def options(
+    ignore_index: Any, label_smoothing: Any = 0.0, epsilon: Any = 0.0, **factors: Any
+) -> Options:
     """Check what a loss takes beside its arrays; its factors are finite and at least 0."""
     smoothing = real(label_smoothing, "label_smoothing")
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"label_smoothing = {smoothing} is out of range; it must be from 0 to 1")
     numbers = {name: _not_negative(value, name) for name, value in factors.items()}
+    numbers["epsilon"] = _finite(epsilon, "epsilon")
     return Options(_ignore_index(ignore_index), smoothing, **numbers)
 
 
@@ -363,6 +366,13 @@ def _not_negative(value: Any, name: str) -> float:
     number = real(value, name)
     if not 0.0 <= number < math.inf:
         raise ValueError(f"{name} = {number} is not a finite number of at least 0")
+    return number
+
+
+def _finite(value: Any, name: str) -> float:
+    number = real(value, name)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} = {number} is not a finite number")
     return number
 
 

@@ -33,6 +33,8 @@ class Options(NamedTuple):
     ignore_index: int = -100
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    gamma: float = 0.0  # of focal loss
+    epsilon: float = 0.0  # of Poly-1
 
 
 INDEX_OPTIONS = ("ignore_index",)  # those that say nothing to probabilities

@@ -378,6 +378,9 @@ cdef cnp.ndarray add_relative_weight(Job* job, cnp.ndarray weight):
         least, mean = np.abs(weight).min(), np.abs(weight).mean()
     # Of what is related to the target, only as much may cancel as its own loss comes to.
     job.tame_scale = job.scale if (1.0 - smoothing) * least >= smoothing * mean else 0.0
+    if job.options.gamma != 0.0 and job.storage == FLOAT64:
+        job.tame_scale *= 2.0**-300
+        job.least_rest = 2.0 ** (-300.0 / job.options.gamma)
     if weight is None:
         return None
     job.largest_weight = np.abs(weight).max()

@@ -89,6 +89,14 @@ OPERATIONS = {
             "cross_entropy", "loss", ("logits", "target"), "rows", _WEIGHTS,
             {"label_smoothing": 0.1, "z_loss": 0.01}, soft=True,
         ),
+        Operation(
+            "focal_loss", "loss", ("logits", "target"), "rows", _WEIGHTS, {"gamma": 1.5},
+            by="cross_entropy",
+        ),
+        Operation(
+            "poly_loss", "loss", ("logits", "target"), "rows", _WEIGHTS, {"epsilon": 1.5},
+            by="cross_entropy",
+        ),
         Operation("nll_loss", "loss", ("log_probs", "target"), "rows", _WEIGHTS),
     ]
 }  # fmt: skip

@@ -101,6 +101,9 @@ def _cross_entropy(logits, labels, options, scale, losses, grad):
         if u:
             loss = loss + spread * log_s + u * _sum(_times(w, -x))
         a = b + spread + z_slope
+        if options.gamma or options.epsilon:
+            phi, slope = _of_probability(e_y / total, others / total, log_s - x_y, options)
+            loss, a, b = w_y * phi, w_y * slope, w_y * slope
 
         # 3. write: a p_c - u w_c, and at the target the same minus b.
         if grad is not None:
@@ -109,6 +112,15 @@ def _cross_entropy(logits, labels, options, scale, losses, grad):
             np.put_along_axis(g, y, g_y, 1)
             _round_to(grad, np.where(row_weight * scale == 0, 0.0, g * (row_weight * scale)))
     return _deliver(loss, row_weight, losses, logits)
+
+
+def _of_probability(p, q, minus_log_p, options):
+    """phi(log p) and -phi'(log p) of the target's probability p = 1 - q."""
+    gamma, epsilon = options.gamma, options.epsilon
+    if not gamma:
+        return minus_log_p + epsilon * q, 1 + epsilon * p
+    ratio = np.where(q == 0, 1.0, minus_log_p / q)  # which tends to 1
+    return q**gamma * minus_log_p, q**gamma * (1 + gamma * _times(p, ratio))
 
 
 def _cross_entropy_soft(logits, labels, options, scale, losses, grad):

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastloss import _blas
-from fastloss.functional import cross_entropy_with_grad, log_softmax, softmax
+from fastloss.functional import log_softmax, softmax
 from fastloss.linear import LinearGradients, linear_cross_entropy, linear_cross_entropy_with_grad
+from fastloss.losses import cross_entropy_with_grad
 
 try:
     from scipy.optimize import minimize

@@ -255,6 +255,10 @@ NUMBERS = {
          0.5j, np.complex64(0.5), np.array(0.5j), np.array("0.5"), np.str_("0.5"), [0.1, 0.2],
          np.zeros(2), np.timedelta64(0, "s"), np.array(0, "m8[s]"), np.ma.masked],
     ),
+    "epsilon": (
+        [0.0, -1, -0.5, 2.5, np.float32(-3), Fraction(1, 3)],
+        [np.nan, np.inf, -(10**400), "1", None, 1j, [1.0], object()],
+    ),
     "normalizer": (
         [None, 1, 12.5, np.int8(3), Fraction(7, 2)],
         [0, -1, np.nan, np.inf, 10**400, "6", 6j, np.complex128(6), np.zeros(3), bytearray(b"6")],

@@ -134,6 +134,56 @@ def cross_entropy_with_grad(
     )
 
 
+def focal_loss(logits, target, **options):
+    return focal_loss_with_grad(logits, target, **options)[:1]
+
+
+def focal_loss_with_grad(logits, target, *, gamma=2.0, **options):
+    def phi(p, q, minus_log_p):
+        power = q ** LONG(gamma)
+        ratio = np.where(q == 0, 1, minus_log_p / np.where(q == 0, 1, q))
+        return power * minus_log_p, power * (1 + gamma * p * ratio), 1 + gamma
+
+    return _of_probability(phi, logits, target, **options)
+
+
+def poly_loss(logits, target, **options):
+    return poly_loss_with_grad(logits, target, **options)[:1]
+
+
+def poly_loss_with_grad(logits, target, *, epsilon=2.0, **options):
+    def phi(p, q, minus_log_p):
+        loss, slope = minus_log_p + epsilon * q, 1 + epsilon * p
+        size = minus_log_p + abs(epsilon) * q, 1 + abs(epsilon) * p
+        # The two terms may cancel.
+        return loss, slope, np.maximum(size[0] / _not_zero(loss), size[1] / _not_zero(slope))
+
+    return _of_probability(phi, logits, target, **options)
+
+
+def _not_zero(values):
+    return np.where(values == 0, np.finfo(float).tiny, np.abs(values))
+
+
+def _of_probability(
+    phi, logits, target, *, weight=None, sample_weight=None, ignore_index=-100, reduction="mean",
+    normalizer=None,
+):  # fmt: skip
+    """A loss of the target's p, q = 1 - p and -log p: phi, its slope, and how ill-conditioned."""
+    s, t, divisor = shares(target, logits.shape[1], weight, sample_weight, ignore_index)
+    s = s * (t if weight is None else t * weight.astype(LONG)).sum(axis=1)
+    rows, everyone, y = Rows(np.where(s[:, None] == 0, 0, logits)), np.arange(len(t)), t.argmax(1)
+    p, q = rows.p[everyone, y], rows.one_minus_p[everyone, y]
+    loss, slope, condition = phi(p, q, rows.minus_log_p[everyone, y])
+    slack = rows.slack[everyone, y] * condition
+    grad = (s * slope)[:, None] * np.where(t == 1, -rows.one_minus_p, rows.p)
+    largest = (rows.p * (1 + rows.distance / 10) * (t == 0)).max(axis=1, initial=0) + q
+    allowance = np.broadcast_to((np.abs(s * slope) * largest * slack)[:, None], grad.shape)
+    return _reduce(
+        s * loss, np.abs(s * loss) * slack, grad, 2 * allowance, divisor, reduction, normalizer
+    )
+
+
 def nll_loss(log_probs, target, **options):
     return nll_loss_with_grad(log_probs, target, **options)[:1]
 

@@ -76,6 +76,83 @@ cdef inline void plain_step(
         r.left_out[i] = times(weight, 0.0 - r.others[i] * inverse)
 
 
+cdef inline void probability_step(
+    const Job* job, Rows* r, Py_ssize_t n, real unused
+) noexcept nogil:
+    """A loss phi(log p) of the target's probability p: the gradient is -phi' times plain_step's."""
+    cdef double p[LANES]
+    cdef double q[LANES]
+    cdef double minus_log_p[LANES]
+    cdef double phi[LANES]
+    cdef double slope[LANES]
+    cdef double inverse, weight, power = power_of(unused), sure = 1e-8 if real is float else 1e-16
+    cdef real log_sum
+    cdef Py_ssize_t i
+    for i in range(n):
+        inverse = 1.0 / (r.others[i] + r.target_exp[i])
+        p[i] = r.target_exp[i] * inverse
+        q[i] = r.others[i] * inverse
+        r.factor[i] = inverse / power
+        log_sum = log1p(<real>(r.others[i] + (r.target_exp[i] - r.top[i])) / <real>r.top[i])
+        minus_log_p[i] = <double>log_sum - (r.target_logit[i] - r.maximum[i])
+        # Of a q so small the logarithm is no other number, and might be a subnormal one.
+        minus_log_p[i] = q[i] if q[i] < sure else minus_log_p[i]
+    if job.options.gamma != 0.0:
+        focal_step(p, q, minus_log_p, n, job.options.gamma, phi, slope)
+    else:
+        poly_step(p, q, minus_log_p, n, job.options.epsilon, phi, slope)
+    for i in range(n):
+        weight = r.row_weight[i] * r.target_weight[i]
+        r.loss[i] = times(weight, phi[i])
+        weight *= job.scale
+        r.factor[i] = times(weight, slope[i] * r.factor[i])
+        r.left_out[i] = times(weight, 0.0 - slope[i] * q[i])
+
+
+cdef inline void focal_step(
+    const double* p, const double* q, const double* minus_log_p, Py_ssize_t n, double gamma,
+    double* phi, double* slope,
+) noexcept nogil:
+    """q**gamma times -log p, q = 1 - p."""
+    cdef double ratio
+    cdef Py_ssize_t i
+    raise_to(q, p, n, gamma, phi)
+    for i in range(n):
+        ratio = minus_log_p[i] / q[i] if q[i] > 0.0 else 1.0  # to which it tends
+        slope[i] = phi[i] * (1.0 + gamma * times(p[i], ratio))
+        phi[i] *= minus_log_p[i]
+
+
+cdef inline void poly_step(
+    const double* p, const double* q, const double* minus_log_p, Py_ssize_t n, double epsilon,
+    double* phi, double* slope,
+) noexcept nogil:
+    """-log p + epsilon q, q = 1 - p."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        phi[i] = minus_log_p[i] + epsilon * q[i]
+        slope[i] = 1.0 + epsilon * p[i]
+
+
+cdef inline void raise_to(
+    const double* q, const double* p, Py_ssize_t n, double gamma, double* power
+) noexcept nogil:
+    """q**gamma of probabilities q = 1 - p, by products if there are few."""
+    cdef double magic = magic_of(<double>0.0), log_q
+    cdef int whole = <int>gamma if gamma <= 8.0 else 0, j
+    cdef Py_ssize_t i
+    if whole == gamma:
+        for i in range(n):
+            power[i] = q[i]
+        for j in range(1, whole):
+            for i in range(n):
+                power[i] *= q[i]
+        return
+    for i in range(n):
+        log_q = -log1p(p[i] / q[i])
+        power[i] = exponential(gamma * log_q, <double>0.0, magic, lowest_of(magic)) * power_of(q[i])
+
+
 cdef inline void cross_entropy_soft_step(const Job* job, Rows* r, Py_ssize_t n) noexcept nogil:
     cdef double log_sum, lse, z_slope, total, mass, a, loss, weight, left_out
     cdef double power = power_of_job(job)
@@ -99,7 +176,15 @@ cdef inline void cross_entropy_soft_step(const Job* job, Rows* r, Py_ssize_t n) 
 
 
 cdef inline bint is_plain(const Job* job) noexcept nogil:
-    return job.options.label_smoothing == 0.0 and job.options.z_loss == 0.0
+    return (
+        job.options.label_smoothing == 0.0 and job.options.z_loss == 0.0
+        and not is_of_probability(job)
+    )
+
+
+cdef inline bint is_of_probability(const Job* job) noexcept nogil:
+    """Whether the loss is another function of the target's probability than -log p."""
+    return job.options.gamma != 0.0 or job.options.epsilon != 0.0
 
 
 cdef inline void scalar_step(
@@ -110,6 +195,8 @@ cdef inline void scalar_step(
         cross_entropy_soft_step(job, r, n)
     elif is_plain(job):
         plain_step(job, r, n, unused)
+    elif is_of_probability(job):
+        probability_step(job, r, n, unused)
     else:
         cross_entropy_step(job, r, n)
 

@@ -171,16 +171,18 @@ cdef inline void sum_rows(
 
 
 cdef inline bint find_untamed(
-    Rows* r, Py_ssize_t n, double scale, real unused
+    const Job* job, Rows* r, Py_ssize_t n, double scale, real unused
 ) noexcept nogil:
     """The rows that common units are not for are to have their own; whether there are any."""
-    cdef double weight
+    cdef double weight, total
     cdef int32_t own, found = 0
     cdef Py_ssize_t i
     for i in range(n):
         weight = r.row_weight[i] * r.target_weight[i] * scale
-        own = (r.row_weight[i] != 0.0) & (not in_common_units(
-            r.others[i] + r.target_exp[i], r.target_exp[i], weight, unused))
+        total = r.others[i] + r.target_exp[i]
+        own = (r.row_weight[i] != 0.0) & (not (
+            in_common_units(total, r.target_exp[i], weight, unused)
+            & (r.others[i] >= job.least_rest * total)))
         r.own[i] = own
         found |= own
     return found
@@ -188,21 +190,25 @@ cdef inline bint find_untamed(
 
 cdef inline void scale_row(real* e, Py_ssize_t n, double factor) noexcept nogil:
     cdef Py_ssize_t j
-    cdef real f = narrow_factor(e, n, factor)
+    cdef real f = narrow_factor(e, n, 1, factor)
     for j in range(n):
         e[j] *= f
 
 
-cdef inline real narrow_factor(real* e, Py_ssize_t n, double factor) noexcept nogil:
-    """The factor on e in the compute type; where it is too small for that, on 2**-SHIFT e."""
-    cdef real power = power_of(e[0])
-    cdef double narrow = factor * power
+cdef inline real narrow_factor(
+    real* e, Py_ssize_t n, Py_ssize_t step, double factor
+) noexcept nogil:
+    """The factor in the compute type; where it is too small for that, on so much less of e."""
+    cdef real power = power_of(e[0]), tiny = tiny_of(power)
     cdef Py_ssize_t j
-    if -tiny_of(power) < narrow < tiny_of(power) and factor != 0.0:
-        narrow = factor
+    if factor == 0.0 or not -tiny < factor * power < tiny:
+        return <real>(factor * power)
+    while True:
         for j in range(n):
-            e[j] *= power
-    return <real>narrow
+            e[j * step] *= power
+        if not -tiny < factor < tiny:
+            return <real>factor
+        factor /= power
 
 
 cdef inline void scale_rows(
@@ -225,7 +231,7 @@ cdef inline void scale_rows(
         small |= (-tiny < narrow) & (narrow < tiny) & (r.factor[i] != 0.0)
     if small:
         for i in range(n):
-            f[i] = narrow_factor(e + i * C, C, r.factor[i])
+            f[i] = narrow_factor(e + i * C, C, 1, r.factor[i])
     if not is_smooth(job):
         for i in range(0, n, 16):
             scale_sixteen(e + i * C, C, f + i, owners_of(job, scratch))
@@ -269,7 +275,7 @@ cdef bint softmax_rows(const Job* job, Py_ssize_t unit, real* scratch) noexcept 
         sum_rows(job, n, kept, r.others)
         for i in range(n):
             r.target_exp[i] = r.others[i]
-        untamed = find_untamed(&r, n, 1.0, kept[0])
+        untamed = find_untamed(job, &r, n, 1.0, kept[0])
     untamed_of(job, scratch)[0] = untamed
     if untamed and is_short(job):
         return False
@@ -378,7 +384,7 @@ cdef bint log_softmax_rows(
         if is_short(job):
             scores = scores_of_run(job, first, n, kept + LANES * job.num_classes + CHUNK)
         top_of_rows(job, first, n, scores, &r, kept, scratch)
-        untamed = find_untamed(&r, n, 1.0, kept[0])
+        untamed = find_untamed(job, &r, n, 1.0, kept[0])
     untamed_of(job, scratch)[0] = untamed
     if untamed and is_short(job):
         return False
@@ -516,7 +522,7 @@ cdef inline bint exp_rows_from_target(
         exp_rows(job, first, n, kept, scratch)
         take_targets(job, n, r, index, kept)
         sum_rows(job, n, kept, r.others)
-        untamed = find_untamed(r, n, job.tame_scale, kept[0])
+        untamed = find_untamed(job, r, n, job.tame_scale, kept[0])
     relate_to_targets(job, first, n, r, index, scratch)
     return untamed
 
@@ -695,7 +701,7 @@ cdef inline void write_block(
     cdef const real* t
     cdef const real* w = <const real*>job.relative_weight + c
     cdef double spread = r.spread[i] * job.largest_weight
-    cdef real f = narrow_factor(e, n, r.factor[i]), on_target, on_all = <real>spread
+    cdef real f = narrow_factor(e, n, 1, r.factor[i]), on_target, on_all = <real>spread
     if job.other == NULL and job.weight == NULL:
         for j in range(n):
             e[j] = e[j] * f - on_all

@@ -85,8 +85,8 @@ cdef inline bint join_in_common_units(Shared* shared, real* scratch) noexcept no
     if not has_losses(shared.operation):
         for i in range(n):
             r.target_exp[i] = r.others[i] if shared.operation == SOFTMAX else r.top[i]
-        return find_untamed(r, n, 1.0, scratch[0])
-    found = find_untamed(r, n, job.tame_scale, scratch[0])
+        return find_untamed(job, r, n, 1.0, scratch[0])
+    found = find_untamed(job, r, n, job.tame_scale, scratch[0])
     relate_to_targets(job, 0, n, r, shared.index, scratch)
     return found
 

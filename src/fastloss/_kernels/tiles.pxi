@@ -247,20 +247,15 @@ cdef inline void exp_tile(
 cdef inline void narrow_factors(const Job* job, real* tile, const Rows* r, real* f) noexcept nogil:
     """As narrow_factor, for every lane."""
     cdef real power = power_of(tile[0]), tiny = tiny_of(tile[0])
-    cdef double narrow[LANES]
+    cdef double narrow
     cdef bint small = False
-    cdef Py_ssize_t step = job.step, c, j
+    cdef Py_ssize_t j
     for j in range(LANES):
-        narrow[j] = r.factor[j] * power
-        f[j] = <real>narrow[j]
-        small |= (-tiny < narrow[j]) & (narrow[j] < tiny) & (r.factor[j] != 0)
-    if not small:
-        return
-    for j in range(LANES):
-        if -tiny < narrow[j] < tiny:
-            f[j] = <real>r.factor[j]
-            for c in range(job.num_classes):
-                tile[c * step + j] *= power
+        narrow = r.factor[j] * power
+        f[j] = <real>narrow
+        small |= (-tiny < narrow) & (narrow < tiny) & (r.factor[j] != 0)
+    for j in range(LANES if small else 0):
+        f[j] = narrow_factor(tile + j, job.num_classes, job.step, r.factor[j])
 
 
 cdef inline void find_hopeless(
@@ -294,7 +289,7 @@ cdef inline bint exp_tile_untamed(
     exp_tile(job, first, tile, index, e, True, r)
     for j in range(LANES):  # nothing left out
         r.target_exp[j] = r.others[j] if index[j] < 0 else r.target_exp[j]
-    find_untamed(r, LANES, scale, tile[0])
+    find_untamed(job, r, LANES, scale, tile[0])
     for j in range(LANES):
         left |= r.own[j] & (own[j] ^ 1)
         r.own[j] |= own[j]
@@ -391,7 +386,7 @@ cdef void log_softmax_tile(
     for j in range(LANES):
         r.row_weight[j] = r.target_weight[j] = 1.0
     top_of_tile(job, first, tile, &r)
-    find_untamed(&r, LANES, 1.0, tile[0])
+    find_untamed(job, &r, LANES, 1.0, tile[0])
     for j in range(LANES):
         left |= r.own[j] & (own[j] ^ 1)
         r.own[j] |= own[j]

@@ -102,6 +102,8 @@ cdef struct Options:
     int64_t ignore_index
     double label_smoothing
     double z_loss
+    double gamma
+    double epsilon
 
 
 cdef struct Job:
@@ -123,7 +125,9 @@ cdef struct Job:
     const double* sample_weight
     Options options
     double scale
-    double tame_scale  # the same, or 0 if no row is to be taken in common units (find_untamed)
+    # What decides, with its exponentials, whether a row is taken in common units (find_untamed):
+    double tame_scale  # as scale; less if factors may be smaller than weights, 0 if no row is
+    double least_rest  # the least share of all classes but the target
     char* losses
     Py_ssize_t summed  # rows whose losses are added up together
     double* partial  # these sums

@@ -633,7 +633,8 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
     partial = np.empty(-(-plan.rows // plan.summed))
     arguments = (
         x, target, soft, *_weights(labels), *_relative(labels, options, logits), weight_sum,
-        tuple(plan), options.ignore_index, given, scale, _tame_scale(labels, options, scale),
+        tuple(plan), options.ignore_index, given, scale,
+        _tame_scale(labels, options, scale, logits),
         *_outputs(logits, losses, grad),
     )  # fmt: skip
     if sharing := _sharing(plan, units, num_threads):
@@ -756,13 +757,16 @@ def _relative(labels, options, logits):
     return _read_only(np.tile(relative, repeated)), largest_weight
 
 
-def _tame_scale(labels, options, scale):
-    """The scale, or 0 if no row is to be taken in common units (find_untamed)."""
+def _tame_scale(labels, options, scale, logits):
+    """The scale, less if factors may be smaller than weights, 0 if no row is to be taken in common
+    units (find_untamed)."""
     # Of what is related to the target, only as much may cancel as its own loss comes to.
     smoothing, least, mean = options.label_smoothing, 1.0, 1.0
     if smoothing and labels.weight is not None:
         size = np.abs(labels.weight)
         least, mean = size.min(), size.mean()
+    if options.gamma and logits.itemsize == 8:
+        return scale * 2.0**-300
     return scale if (1.0 - smoothing) * least >= smoothing * mean else 0.0
 
 

@@ -6,6 +6,7 @@ Loops over the fields of one array, whose distances LLVM knows: they vectorise.
 import numpy as np
 from numba import types
 
+from fastloss._contract import Options
 from fastloss._numba.arithmetic import (
     exponential,
     log1p,
@@ -37,7 +38,13 @@ from fastloss._numba.types import (
 
 
 def is_plain(options):
-    return options.label_smoothing == 0.0 and options.z_loss == 0.0
+    return options[1:] == Options()[1:]
+
+
+@inline
+def is_of_probability(options):
+    """Whether the loss is another function of the target's probability than -log p."""
+    return options.gamma != 0.0 or options.epsilon != 0.0
 
 
 # Of options that are None where they are plain.
@@ -49,6 +56,14 @@ def label_smoothing_of(options):
 @inline
 def z_loss_of(options):
     return 0.0 if options is None else options.z_loss
+
+
+@inline
+def least_rest_of(options, like):
+    """Of a row in common units, the least share of all classes but the target (find_untamed)."""
+    if options is None:
+        return 0.0
+    return 2.0 ** (-300.0 / options.gamma) if options.gamma and like.itemsize == 8 else 0.0
 
 
 @inline
@@ -128,6 +143,74 @@ def plain_step(r, n, scale, like):
 
 
 @inline
+def probability_step(r, n, options, scale, like):
+    """A loss phi(log p) of the target's probability p: the gradient is -phi' times plain_step's."""
+    unit = 1.0 / np.float64(power_of(like))
+    ratio, top = lanes(like), lanes(like)
+    sure = 1e-8 if like.itemsize == 4 else 1e-16
+    p, q, minus_log_p = lanes(r), lanes(r), lanes(r)
+    phi, slope = lanes(r), lanes(r)
+    for i in range(n):
+        ratio[i] = r[OTHERS + i] + (r[TARGET_EXP + i] - r[TOP + i])
+        top[i] = r[TOP + i]
+    for i in range(n):
+        ratio[i] = log1p(ratio[i] / top[i])
+    for i in range(n):
+        inverse = 1.0 / (r[OTHERS + i] + r[TARGET_EXP + i])
+        p[i] = r[TARGET_EXP + i] * inverse
+        q[i] = r[OTHERS + i] * inverse
+        r[FACTOR + i] = inverse * unit
+        log_p = (r[TARGET_LOGIT + i] - r[MAXIMUM + i]) - np.float64(ratio[i])
+        # Of a q so small the logarithm is no other number, and might be a subnormal one.
+        minus_log_p[i] = q[i] if q[i] < sure else -log_p
+    if options.gamma != 0.0:
+        focal_step(p, q, minus_log_p, n, options.gamma, phi, slope)
+    else:
+        poly_step(p, q, minus_log_p, n, options.epsilon, phi, slope)
+    for i in range(n):
+        weight = r[ROW_WEIGHT + i] * r[TARGET_WEIGHT + i]
+        r[LOSS + i] = times(weight, phi[i])
+        weight *= scale
+        r[FACTOR + i] = times(weight, slope[i] * r[FACTOR + i])
+        r[LEFT_OUT + i] = times(weight, 0.0 - slope[i] * q[i])
+
+
+@inline
+def focal_step(p, q, minus_log_p, n, gamma, phi, slope):
+    """q**gamma times -log p, q = 1 - p."""
+    raise_to(q, p, n, gamma, phi)
+    for i in range(n):
+        ratio = minus_log_p[i] / q[i] if q[i] > 0.0 else 1.0  # to which it tends
+        slope[i] = phi[i] * (1.0 + gamma * times(p[i], ratio))
+        phi[i] *= minus_log_p[i]
+
+
+@inline
+def poly_step(p, q, minus_log_p, n, epsilon, phi, slope):
+    """-log p + epsilon q, q = 1 - p."""
+    for i in range(n):
+        phi[i] = minus_log_p[i] + epsilon * q[i]
+        slope[i] = 1.0 + epsilon * p[i]
+
+
+@inline
+def raise_to(q, p, n, gamma, power):
+    """q**gamma of probabilities q = 1 - p, by products if there are few."""
+    whole = int(gamma) if gamma <= 8.0 else 0
+    if whole == gamma:
+        for i in range(n):
+            power[i] = q[i]
+        for _ in range(1, whole):
+            for i in range(n):
+                power[i] *= q[i]
+        return
+    magic = magic_of(0.0)
+    for i in range(n):
+        log_q = -log1p(p[i] / q[i])
+        power[i] = exponential(gamma * log_q, 0.0, magic, lowest_of(magic)) * power_of(q)
+
+
+@inline
 def cross_entropy_soft_step(r, n, options, scale, like):
     power = np.float64(power_of(like))
     for i in range(n):
@@ -162,9 +245,14 @@ def scalar_step(soft, r, n, plan, options, scale, weight_sum, like):
         return lambda soft, r, n, plan, options, scale, weight_sum, like: plain_step(
             r, n, scale, like
         )
-    return lambda soft, r, n, plan, options, scale, weight_sum, like: cross_entropy_step(
-        r, n, plan.num_classes, options, scale, weight_sum, like
-    )
+    return _step_of_options
+
+
+def _step_of_options(soft, r, n, plan, options, scale, weight_sum, like):
+    if is_of_probability(options):
+        probability_step(r, n, options, scale, like)
+    else:
+        cross_entropy_step(r, n, plan.num_classes, options, scale, weight_sum, like)
 
 
 @inline

@@ -35,7 +35,7 @@ from fastloss._numba.blocks import (
     wide_gap,
 )
 from fastloss._numba.jit import inline, spliced
-from fastloss._numba.losses import add_exponentials, label_smoothing_of
+from fastloss._numba.losses import add_exponentials, label_smoothing_of, least_rest_of
 from fastloss._numba.machine import (
     as_input,
     can_permute,
@@ -196,13 +196,14 @@ def sum_rows(e, r, field, n, num_classes):
 
 
 @inline
-def find_untamed(r, n, scale, like):
+def find_untamed(r, n, scale, like, options):
     """The rows that common units are not for are to have their own; how many there are."""
-    found = 0
+    found, least_rest = 0, least_rest_of(options, like)
     for i in range(n):
         least = r[TARGET_EXP + i]
         weight = r[ROW_WEIGHT + i] * r[TARGET_WEIGHT + i] * scale
-        tame = in_common_units(r[OTHERS + i] + least, least, weight, like)
+        total = r[OTHERS + i] + least
+        tame = in_common_units(total, least, weight, like) & (r[OTHERS + i] >= least_rest * total)
         r[OWN + i] = 0.0 if tame | (r[ROW_WEIGHT + i] == 0.0) else 1.0
     for i in range(n):
         found += r[OWN + i] != 0.0
@@ -226,12 +227,16 @@ def scale_row(e, f):
 
 @inline
 def narrow_factor(e, factor):
-    """The factor on e in the compute type; where it is too small for that, on 2**-shift e."""
+    """The factor in the compute type; where it is too small for that, on so much less of e."""
     real = e.dtype.type
-    narrow = factor * np.float64(power_of(e))
+    power = np.float64(power_of(e))
+    narrow = factor * power
     if factor != 0.0 and abs(narrow) < tiny_of(e):
         scale_row(e, power_of(e))
         narrow = factor
+        while abs(narrow) < tiny_of(e):
+            scale_row(e, power_of(e))
+            narrow /= power
     return real(narrow)
 
 
@@ -322,7 +327,7 @@ def exp_rows_of_softmax(x, r, kept, first, n, plan, buffer, ahead):
         r[TARGET_EXP + i] = r[OTHERS + i]
         r[ROW_WEIGHT + i] = 1.0
         r[TARGET_WEIGHT + i] = 1.0
-    return find_untamed(r, n, 1.0, kept)
+    return find_untamed(r, n, 1.0, kept, None)
 
 
 @inline
@@ -405,7 +410,7 @@ def find_untamed_by_top(r, n, like):
         r[TARGET_EXP + i] = r[TOP + i]
         r[ROW_WEIGHT + i] = 1.0
         r[TARGET_WEIGHT + i] = 1.0
-    return find_untamed(r, n, 1.0, like)
+    return find_untamed(r, n, 1.0, like, None)
 
 
 @inline
@@ -529,7 +534,7 @@ def exp_rows_from_target(x, r, kept, first, n, plan, buffer, ahead, options, sca
         exp_rows(x, kept, first, n, plan, buffer, ahead)
         take_targets(kept, r, n, plan.num_classes)
         sum_rows(kept, r, OTHERS, n, plan.num_classes)
-        untamed = find_untamed(r, n, scale, kept)
+        untamed = find_untamed(r, n, scale, kept, options)
     relate_to_targets(x, r, first, n, plan, options)
     return untamed
 

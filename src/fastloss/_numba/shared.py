@@ -195,7 +195,7 @@ def join_in_common_units(shared, target, options):
         sum_up(shared, i)
         if target is None:
             r[TARGET_EXP + i] = r[TOP + i] if is_log(plan.operation) else r[OTHERS + i]
-    untamed = find_untamed(r, plan.rows, shared.tame_scale, shared.buffer)
+    untamed = find_untamed(r, plan.rows, shared.tame_scale, shared.buffer, options)
     if target is not None:
         relate_to_targets(shared.x, r, 0, plan.rows, plan, options)
     return untamed

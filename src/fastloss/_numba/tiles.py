@@ -39,6 +39,7 @@ from fastloss._numba.rows import (
     find_untamed,
     find_untamed_by_top,
     join_top,
+    narrow_factor,
     units_of_row,
 )
 from fastloss._numba.types import (
@@ -277,10 +278,7 @@ def narrow_factors(tile, f, r, plan):
         return
     for j in range(LANES):
         if abs(r[FACTOR + j] * power) < tiny_of(tile):
-            f[j] = r[FACTOR + j]
-            column = tile[j:]
-            for c in range(plan.num_classes):
-                column[c * plan.step] *= power_of(tile)
+            f[j] = narrow_factor(tile[j : plan.num_classes * plan.step : plan.step], r[FACTOR + j])
 
 
 @inline
@@ -292,7 +290,7 @@ def softmax_tile(tile, e, r, x, later, plan):
         r[TARGET_EXP + j] = r[OTHERS + j]
         r[ROW_WEIGHT + j] = 1.0
         r[TARGET_WEIGHT + j] = 1.0
-    untamed = find_untamed(r, LANES, 1.0, tile)
+    untamed = find_untamed(r, LANES, 1.0, tile, None)
     if untamed:
         largest_in_lanes(tile, r, plan)
         exp_tile(tile, False, e, True, r, x, later, plan, False)
@@ -433,7 +431,7 @@ def exp_tile_from_target(tile, e, r, x, later, plan, options, scale):
         take_units(r, 0.0)
         exp_tile(tile, True, e, True, r, x, later, plan, False)
         take_target_exps(e, r, plan)
-        untamed = find_untamed(r, LANES, scale, tile)
+        untamed = find_untamed(r, LANES, scale, tile, options)
     if untamed:
         largest_in_lanes(tile, r, plan)
         exp_tile(tile, True, e, True, r, x, later, plan, False)
