@@ -25,6 +25,8 @@ def good(name):
         "log_probs": np.full_like(x, -2.3),
         "target": rng.integers(0, C, N),
     }
+    if BY_FUNCTION[name].family == "binary":
+        arrays["target"] = x > 0
     return {argument: arrays[argument] for argument in BY_FUNCTION[name].inputs}
 
 
@@ -45,12 +47,19 @@ FACTORS = [
     (operation.functions, option)
     for operation in OPERATIONS.values()
     for option in operation.options
-    if option not in ("label_smoothing", "epsilon")
+    if option not in ("label_smoothing", "epsilon", "alpha")
 ]
 POLY = OPERATIONS["poly_loss"].functions
+BINARY = tuple(name for name in EVERY if BY_FUNCTION[name].family == "binary")
+REDUCED = LOSSES + BINARY
+SIGMOID_FOCAL = OPERATIONS["sigmoid_focal_loss"].functions
+SMOOTHED = tuple(name for name in REDUCED if "label_smoothing" in BY_FUNCTION[name].options)
 CROSS_ENTROPY = tuple(name for name in LOSSES if BY_FUNCTION[name].soft)
 WITH_OUT = tuple(
-    name for name in EVERY if BY_FUNCTION[name].returns == "logits" or name.endswith("_with_grad")
+    name
+    for name in EVERY
+    if (BY_FUNCTION[name].returns == "logits" and not BY_FUNCTION[name].is_loss)
+    or name.endswith("_with_grad")
 )
 MAPS = tuple(name for name in WITH_OUT if BY_FUNCTION[name].family == "map")
 FLOATS = "expected integers or float32, float64, float16, bfloat16"
@@ -160,47 +169,71 @@ ERRORS = [
     (LOSSES, {"target": np.ma.masked_array(Y)}, TypeError,
      "target is a masked array, whose mask would be lost; fill it first"),
     (LOSSES, {"target": [[1], [2, 3]]}, ValueError, "^target cannot be read as an array: "),
+    # targets of binary losses
+    (BINARY, {"target": Y}, ValueError,
+     "target has shape (6,), expected (6, 10), the shape of the logits"),
+    (BINARY, {"target": X[:5]}, ValueError,
+     "target has shape (5, 10), expected (6, 10), the shape of the logits"),
+    (BINARY, {"target": X.astype(complex)}, TypeError,
+     "target has dtype complex128; expected truth values, integers or real numbers"),
+    (BINARY, {"target": X.astype(object)}, TypeError,
+     "target has dtype object; expected truth values, integers or real numbers"),
+    (BINARY, {"target": np.ma.masked_array(X)}, TypeError,
+     "target is a masked array, whose mask would be lost; fill it first"),
+    (BINARY[:2], {"pos_weight": np.ones(9)}, ValueError,
+     "pos_weight has shape (9,), expected (10,) for 10 classes"),
+    (BINARY[:2], {"pos_weight": replaced(np.ones(C), 3, np.inf)}, ValueError,
+     "pos_weight[3] = inf is not a finite number"),
+    (BINARY[:2], {"pos_weight": np.nan}, ValueError, "pos_weight = nan is not a finite number"),
+    (BINARY, {"weight": np.inf}, ValueError, "weight = inf is not a finite number"),
+    *[
+        (SIGMOID_FOCAL, {"alpha": value}, ValueError,
+         f"alpha = {value} is out of range; it must be from 0 to 1")
+        for value in (-0.1, 1.5, np.nan)
+    ],
+    (SIGMOID_FOCAL, {"alpha": "0.5"}, TypeError, "alpha = '0.5' is not a real number"),
     # weights
-    (LOSSES, {"weight": np.ones(9)}, ValueError,
+    (REDUCED, {"weight": np.ones(9)}, ValueError,
      "weight has shape (9,), expected (10,) for 10 classes"),
     (LOSSES, {"weight": 1.0}, ValueError, "weight has shape (), expected (10,) for 10 classes"),
-    (LOSSES, {"weight": replaced(np.ones(C), 0, np.nan)}, ValueError,
+    (REDUCED, {"weight": replaced(np.ones(C), 0, np.nan)}, ValueError,
      "weight[0] = nan is not a finite number"),
     (LOSSES, {"weight": replaced(np.ones(C), 9, -np.inf)}, ValueError,
      "weight[9] = -inf is not a finite number"),
     (LOSSES, {"weight": np.ones(C, complex)}, TypeError,
      "weight has dtype complex128; expected real numbers"),
-    (LOSSES, {"weight": "heavy"}, TypeError, "weight has dtype <U5; expected real numbers"),
+    (REDUCED, {"weight": "heavy"}, TypeError, "weight has dtype <U5; expected real numbers"),
     (LOSSES, {"weight": np.ma.masked_array(np.ones(C))}, TypeError,
      "weight is a masked array, whose mask would be lost; fill it first"),
-    (LOSSES, {"sample_weight": np.ones(5)}, ValueError,
+    (REDUCED, {"sample_weight": np.ones(5)}, ValueError,
      "sample_weight has shape (5,), expected (6,) the shape of the rows"),
     (LOSSES, {"sample_weight": np.ones((6, 1))}, ValueError,
      "sample_weight has shape (6, 1), expected (6,) the shape of the rows"),
-    (LOSSES, {"sample_weight": replaced(np.ones(N), 2, np.nan)}, ValueError,
+    (REDUCED, {"sample_weight": replaced(np.ones(N), 2, np.nan)}, ValueError,
      "sample_weight[2] = nan is not a finite number"),
     (LOSSES, {"sample_weight": replaced(np.ones(N), 2, np.inf)}, ValueError,
      "sample_weight[2] = inf is not a finite number"),
-    (LOSSES, {"sample_weight": np.ones(N, object)}, TypeError,
+    (REDUCED, {"sample_weight": np.ones(N, object)}, TypeError,
      "sample_weight has dtype object; expected real numbers"),
     # options
-    (LOSSES, {"reduction": "average"}, ValueError,
+    (REDUCED, {"reduction": "average"}, ValueError,
      "reduction = 'average' is not one of 'mean', 'sum', 'none'"),
-    (LOSSES, {"reduction": None}, ValueError,
+    (REDUCED, {"reduction": None}, ValueError,
      "reduction = None is not one of 'mean', 'sum', 'none'"),
-    (LOSSES, {"reduction": ["mean"]}, ValueError,
+    (REDUCED, {"reduction": ["mean"]}, ValueError,
      "reduction = ['mean'] is not one of 'mean', 'sum', 'none'"),
-    (LOSSES, {"normalizer": 0}, ValueError, "normalizer = 0.0 is not a finite number above 0"),
-    (LOSSES, {"normalizer": -2.0}, ValueError, "normalizer = -2.0 is not a finite number above 0"),
-    (LOSSES, {"normalizer": np.nan}, ValueError, "normalizer = nan is not a finite number above 0"),
+    (REDUCED, {"normalizer": 0}, ValueError, "normalizer = 0.0 is not a finite number above 0"),
+    (REDUCED, {"normalizer": -2.0}, ValueError, "normalizer = -2.0 is not a finite number above 0"),
+    (REDUCED, {"normalizer": np.nan}, ValueError,
+     "normalizer = nan is not a finite number above 0"),
     (LOSSES, {"normalizer": np.inf}, ValueError, "normalizer = inf is not a finite number above 0"),
     (LOSSES, {"normalizer": "6"}, TypeError, "normalizer = '6' is not a real number"),
     (LOSSES, {"normalizer": 1j}, TypeError, "normalizer = 1j is not a real number"),
     (LOSSES, {"normalizer": 10**400}, ValueError,
      "normalizer = inf is not a finite number above 0"),
-    (LOSSES, {"normalizer": 6, "reduction": "sum"}, ValueError,
+    (REDUCED, {"normalizer": 6, "reduction": "sum"}, ValueError,
      "normalizer replaces the divisor of the mean; reduction = 'sum'"),
-    (LOSSES, {"normalizer": 6, "reduction": "none"}, ValueError,
+    (REDUCED, {"normalizer": 6, "reduction": "none"}, ValueError,
      "normalizer replaces the divisor of the mean; reduction = 'none'"),
     (LOSSES, {"ignore_index": 1.0}, TypeError, "ignore_index = 1.0 is not an integer"),
     (LOSSES, {"ignore_index": None}, TypeError, "ignore_index = None is not an integer"),
@@ -213,18 +246,18 @@ ERRORS = [
         for value in [type(Options._field_defaults[option])(3)]
     ],
     *[
-        (CROSS_ENTROPY, {"label_smoothing": value}, ValueError,
+        (SMOOTHED, {"label_smoothing": value}, ValueError,
          f"label_smoothing = {value} is out of range; it must be from 0 to 1")
         for value in (-0.1, 1.5, np.nan, np.inf, -np.inf)
     ],
-    (CROSS_ENTROPY, {"label_smoothing": "0.1"}, TypeError,
+    (SMOOTHED, {"label_smoothing": "0.1"}, TypeError,
      "label_smoothing = '0.1' is not a real number"),
     (CROSS_ENTROPY, {"label_smoothing": None}, TypeError,
      "label_smoothing = None is not a real number"),
     (CROSS_ENTROPY, {"label_smoothing": -(10**400)}, ValueError,
      "label_smoothing = -inf is out of range; it must be from 0 to 1"),
     *[
-        (CROSS_ENTROPY, {"label_smoothing": value}, TypeError,
+        (SMOOTHED, {"label_smoothing": value}, TypeError,
          f"label_smoothing = {value!r} is not a real number")
         for value in (np.complex64(0.5), np.array("0.5"), np.str_("0.5"), bytearray(b"0"),
                       np.timedelta64(0, "s"), np.ma.masked_array(0.5))

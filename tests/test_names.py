@@ -18,7 +18,7 @@ ALONE = {
     },
     "arrays know their size and type, and slices where they begin; pointers do not": {
         "itemsize", "blocks_in", "row_of", "weight_of", "tile_of", "other_tile_of", "turned_of",
-        "is_finite", "power_of_job", "widen", "row_scratch",
+        "is_finite", "power_of_job", "widen", "read_numbers", "row_scratch",
         "tile_scratch", "rows_of", "rows_to", "rows_in_unit", "carries", "fold_lanes", "shared_of",
     },
     "a unit is taken through its stages in Numba's entries, share by share": {

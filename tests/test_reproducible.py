@@ -237,7 +237,7 @@ def check_part(case, layout, whole, part, batch, backend):
     """The rows of a part, in a layout, give the bits that they gave in the batch."""
     n = len(whole[0])
     arrays = [
-        array if name.startswith("weight") else array[part]
+        array if name.startswith(("weight", "pos_weight")) else array[part]
         for name, array in zip(case.inputs + case.arrays, whole, strict=True)
     ]
     assert {len(whole[i]) for i in range(len(case.inputs))} == {n}

@@ -10,6 +10,12 @@ from fastloss._backend import (
     warmup,
 )
 from fastloss._threads import get_num_threads, set_num_threads
+from fastloss.binary import (
+    binary_cross_entropy_with_logits,
+    binary_cross_entropy_with_logits_with_grad,
+    sigmoid_focal_loss,
+    sigmoid_focal_loss_with_grad,
+)
 from fastloss.functional import (
     log_softmax,
     log_softmax_backward,
@@ -37,6 +43,8 @@ from fastloss.losses import (
 __all__ = [
     "LinearGradients",
     "available_backends",
+    "binary_cross_entropy_with_logits",
+    "binary_cross_entropy_with_logits_with_grad",
     "cross_entropy",
     "cross_entropy_with_grad",
     "focal_loss",
@@ -56,6 +64,8 @@ __all__ = [
     "set_backend",
     "set_num_threads",
     "show_config",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_loss_with_grad",
     "softmax",
     "softmax_backward",
     "warmup",

@@ -251,19 +251,66 @@ def _target(value: ArrayLike, x: Logits, rows: Rows, probabilities: bool) -> np.
             f"target has shape {array.shape}, expected {x.array.shape}, the shape of the logits, "
             f"for probabilities; class indices are integers"
         )
-    # Kernels read probabilities in the dtype of the logits or in the one they compute in.
+    return _of_logits(array, x)
+
+
+def binary_labels(
+    x: Logits,
+    target: ArrayLike,
+    balance: tuple[Any, Any],
+    weight: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+) -> tuple[Labels, float]:
+    """The same of binary losses; `balance` is what targets of 1 and of 0 count, None for 1."""
+    rows, num_classes = x.rows, x.normal.shape[1]
+    s = _sample_weight(sample_weight, rows)
+    w = None
+    if weight is not None or any(value is not None for value in balance):
+        w = np.empty((2, num_classes))
+        w[...] = _weight_of_classes(weight, x, "weight")
+        for part, value, name in zip(w, balance, ("pos_weight", ""), strict=True):
+            part *= _weight_of_classes(value, x, name)
+    count = math.prod(rows.shape) if s is None else float(s.sum())
+    return Labels(_binary_target(target, x), w, s), float(count * num_classes)
+
+
+def _weight_of_classes(value: ArrayLike | None, x: Logits, name: str) -> Any:
+    """As _class_weight, or one number for all classes."""
+    if value is None:
+        return 1.0
+    if np.ndim(_plain_array(value, name)) == 0:
+        return _weights(value, (), name, "")
+    return _class_weight(value, x, name)
+
+
+def _binary_target(value: ArrayLike, x: Logits) -> np.ndarray:
+    """Truth values and integers as they are, floats as probabilities are."""
+    array = _plain_array(value, "target")
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise _wrong_dtype(value, array, "target", "truth values, integers or real numbers")
+    if array.shape != x.array.shape:
+        raise ValueError(
+            f"target has shape {array.shape}, expected {x.array.shape}, the shape of the logits"
+        )
+    if array.dtype.kind == "b":
+        array = array.view(np.uint8)
+    return _of_logits(array, x)
+
+
+def _of_logits(array: np.ndarray, x: Logits) -> np.ndarray:
+    """In the normal form of the logits; unless it is integers, in a dtype that kernels read."""
     array = _behaved(array)
-    if array.dtype != x.array.dtype:
+    if array.dtype.kind not in "iu" and array.dtype != x.array.dtype:
         array = array.astype(x.compute_dtype, copy=False)
     return x.normalize(array)
 
 
-def _class_weight(value: ArrayLike | None, x: Logits) -> np.ndarray | None:
+def _class_weight(value: ArrayLike | None, x: Logits, name: str = "weight") -> np.ndarray | None:
     """float64 weights of the classes."""
     if value is None:
         return None
     shape = (x.normal.shape[1],)
-    array = _weights(value, shape, "weight", f"for {shape[0]} classes")
+    array = _weights(value, shape, name, f"for {shape[0]} classes")
     return np.ascontiguousarray(array)
 
 
@@ -293,9 +340,7 @@ def options(
     ignore_index: Any, label_smoothing: Any = 0.0, epsilon: Any = 0.0, **factors: Any
 ) -> Options:
     """Check what a loss takes beside its arrays; its factors are finite and at least 0."""
-    smoothing = real(label_smoothing, "label_smoothing")
-    if not 0.0 <= smoothing <= 1.0:
-        raise ValueError(f"label_smoothing = {smoothing} is out of range; it must be from 0 to 1")
+    smoothing = share(label_smoothing, "label_smoothing")
     numbers = {name: _not_negative(value, name) for name, value in factors.items()}
     numbers["epsilon"] = _finite(epsilon, "epsilon")
     return Options(_ignore_index(ignore_index), smoothing, **numbers)
@@ -335,6 +380,13 @@ def reduction(value: Any, normalizer: Any) -> Reduction:
     if not 0.0 < number < math.inf:
         raise ValueError(f"normalizer = {number} is not a finite number above 0")
     return Reduction(value, number)
+
+
+def share(value: Any, name: str) -> float:
+    number = real(value, name)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} = {number} is out of range; it must be from 0 to 1")
+    return number
 
 
 def l2(value: Any, reduction: str = "mean") -> float:

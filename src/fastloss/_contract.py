@@ -10,6 +10,7 @@ labels
     See `Labels`.
 losses
     ``(outer, inner)``, the compute dtype (float64 for float64 logits, otherwise float32), or None.
+    Of binary losses, which every element has, ``(outer, C, inner)``.
 scale
     The factor on the gradient: 1 / normalizer, or 1, or 0 where the normalizer is 0, and every
     gradient is +0 then.  Losses are never scaled.
@@ -43,8 +44,10 @@ INDEX_OPTIONS = ("ignore_index",)  # those that say nothing to probabilities
 class Labels(NamedTuple):
     """What scores are held against."""
 
-    target: np.ndarray  # (outer, inner), any integer dtype; or probabilities shaped like the scores
-    weight: np.ndarray | None  # (C,), float64
+    # (outer, inner), any integer dtype; or probabilities shaped like the scores.  Of binary losses,
+    # shaped like the scores, of any dtype.
+    target: np.ndarray
+    weight: np.ndarray | None  # (C,), float64; of binary losses (2, C): for targets of 1, and of 0
     sample_weight: np.ndarray | None  # (outer, inner), float64
 
     @property
@@ -109,6 +112,10 @@ class Kernels(Protocol):
     def cross_entropy(self) -> Loss: ...
     @property
     def nll_loss(self) -> Loss: ...
+    @property
+    def binary_cross_entropy_with_logits(self) -> Loss: ...
+    @property
+    def sigmoid_focal_loss(self) -> Loss: ...
 
     def most_threads(self) -> int:
         """How many threads a call may have, however many it asks for."""

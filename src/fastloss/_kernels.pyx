@@ -73,6 +73,7 @@ include "_kernels/backward.pxi"
 include "_kernels/columns.pxi"
 include "_kernels/shared.pxi"
 include "_kernels/nll.pxi"
+include "_kernels/binary.pxi"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -86,6 +87,8 @@ cdef inline void run_unit(
         nll_unit(job, unit, scratch)
     elif operation == NLL_BACKWARD:
         nll_backward_unit(job, unit, scratch)
+    elif is_binary(operation):
+        binary_unit(job, operation, unit, scratch)
     elif job.layout == TILES:
         tile_unit(job, operation, unit, scratch)
     elif is_short(job):
@@ -213,6 +216,9 @@ cdef Py_ssize_t plan(Job* job, Operation operation) noexcept:
         job.layout = ROWS
     if is_nll(operation):
         job.numbers = 1
+    elif is_binary(operation):
+        job.group = job.summed = PART * PARTS
+        job.numbers = binary_numbers()
     elif job.layout == TILES:
         tiles = min(WIDE // (C * LANES), job.rows // (LANES * FEWEST_UNITS))
         if job.inner > 1 and tiles > 1:
@@ -445,6 +451,41 @@ def nll_loss(
 ):
     cdef Job job = job_of_loss(log_probs, labels, options, scale, losses, grad)
     return run_loss(&job, NLL, num_threads)
+
+
+def binary_cross_entropy_with_logits(
+    cnp.ndarray logits not None, labels not None, options not None, double scale,
+    cnp.ndarray losses, cnp.ndarray grad, int num_threads,
+):
+    return run_binary(
+        logits, labels, options, scale, losses, grad, BINARY_CROSS_ENTROPY, num_threads)
+
+
+def sigmoid_focal_loss(
+    cnp.ndarray logits not None, labels not None, options not None, double scale,
+    cnp.ndarray losses, cnp.ndarray grad, int num_threads,
+):
+    return run_binary(logits, labels, options, scale, losses, grad, SIGMOID_FOCAL, num_threads)
+
+
+cdef double run_binary(
+    cnp.ndarray logits, labels, options, double scale, cnp.ndarray losses, cnp.ndarray grad,
+    Operation operation, int num_threads,
+) except? -1:
+    cdef Job job = job_of_loss(logits, labels, options, scale, losses, grad)
+    alive = add_binary_weight(&job, (<tuple>labels)[1])
+    job.labels, job.num_classes, job.rows = job.num_classes, 1, cnp.PyArray_SIZE(logits)
+    job.inner = job.rows if job.labels == 1 else job.inner
+    return run_loss(&job, operation, num_threads)
+
+
+cdef cnp.ndarray add_binary_weight(Job* job, cnp.ndarray weight):
+    """As add_relative_weight, of weights for targets of 1 and of 0, as they are."""
+    if weight is None:
+        return None
+    weight = weight.astype(np.float64 if job.storage == FLOAT64 else np.float32)
+    job.relative_weight = cnp.PyArray_DATA(weight)
+    return weight
 
 
 def check_target(labels not None, options not None, Py_ssize_t num_classes, int num_threads):

@@ -20,9 +20,9 @@ class Operation(NamedTuple):
     """A public function, and the kernel that computes it."""
 
     name: str
-    family: Literal["map", "backward", "loss"]  # a loss comes with NAME_with_grad
+    family: Literal["map", "backward", "loss", "binary"]  # binary: a loss of every score
     inputs: tuple[str, ...]  # arrays, positional; the last but for a target are the scores
-    returns: Literal["logits", "rows"]  # one number for every score, or for every row
+    returns: Literal["logits", "rows"]  # one number for every score, or row, unless reduced
     arrays: tuple[str, ...] = ()  # more of them, optional
     options: Mapping[str, float] = _NOTHING  # numbers, optional, and a value of each to try it with
     soft: bool = False  # whether the target may hold probabilities
@@ -34,14 +34,19 @@ class Operation(NamedTuple):
         return self.by or self.name
 
     @property
+    def is_loss(self) -> bool:
+        """Whether it is reduced, and comes with NAME_with_grad."""
+        return self.family in ("loss", "binary")
+
+    @property
     def scores(self) -> str:
         """What the input is called that `out` may lie in, and that decides the dtype."""
-        return self.inputs[0] if self.family == "loss" else self.inputs[-1]
+        return self.inputs[0] if self.is_loss else self.inputs[-1]
 
     @property
     def functions(self) -> tuple[str, ...]:
         """Its public names."""
-        return (self.name, f"{self.name}_with_grad") if self.family == "loss" else (self.name,)
+        return (self.name, f"{self.name}_with_grad") if self.is_loss else (self.name,)
 
     @property
     def soft_options(self) -> Mapping[str, float]:
@@ -98,6 +103,14 @@ OPERATIONS = {
             by="cross_entropy",
         ),
         Operation("nll_loss", "loss", ("log_probs", "target"), "rows", _WEIGHTS),
+        Operation(
+            "binary_cross_entropy_with_logits", "binary", ("logits", "target"), "logits",
+            ("pos_weight", *_WEIGHTS), {"label_smoothing": 0.1},
+        ),
+        Operation(
+            "sigmoid_focal_loss", "binary", ("logits", "target"), "logits", _WEIGHTS,
+            {"gamma": 1.5, "alpha": 0.25},
+        ),
     ]
 }  # fmt: skip
 

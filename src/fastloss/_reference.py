@@ -166,6 +166,64 @@ def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
     return _deliver(loss, row_weight, losses, log_probs)
 
 
+def binary_cross_entropy_with_logits(logits, labels, options, scale, losses, grad, num_threads):
+    x, t, positive, negative = _binary(logits, labels, options)
+    with np.errstate(all="ignore"):
+        above, below, up, down = _softplus(x)
+        yes, no = positive * t, negative * (1 - t)
+        loss = _times(yes, below) + _times(no, above)
+        if grad is not None:
+            _deliver_binary_grad(grad, _times(no, up) - _times(yes, down), scale)
+    return _deliver_binary(loss, losses, logits)
+
+
+def sigmoid_focal_loss(logits, labels, options, scale, losses, grad, num_threads):
+    x, t, positive, negative = _binary(logits, labels, options)
+    gamma = options.gamma
+    with np.errstate(all="ignore"):
+        above, below, up, down = _softplus(x)
+        q = t * down + (1 - t) * up  # 1 - p, p the probability that the target has
+        weight = _times(t, positive) + _times(1 - t, negative)
+        loss = _times(t, below) + _times(1 - t, above)
+        if grad is not None:
+            ratio = np.where(q > 0, up * down / q, 0.0)
+            slope = (1 - t) * up - t * down + _times(gamma * (1 - 2 * t) * ratio, loss)
+            _deliver_binary_grad(grad, _times(weight, q**gamma * slope), scale)
+        loss = _times(_times(weight, q**gamma), loss)
+    return _deliver_binary(loss, losses, logits)
+
+
+def _binary(logits, labels, options):
+    """Scores, smoothed targets, and the weights of targets of 1 and of 0."""
+    target, weight, sample_weight = labels
+    t = (1 - options.label_smoothing) * _float64(target) + options.label_smoothing / 2
+    positive, negative = (np.ones(1), np.ones(1)) if weight is None else weight
+    s = np.ones((1, 1, 1)) if sample_weight is None else sample_weight[:, None, :]
+    return _float64(logits), t, s * positive[:, None], s * negative[:, None]
+
+
+def _softplus(x):
+    """Softplus and sigmoid of x, and of -x: above, below; up, down."""
+    e = np.exp(-np.abs(x))
+    log, large, small = np.log1p(e), 1 / (1 + e), e / (1 + e)
+    up, down = np.where(x > 0, large, small), np.where(x > 0, small, large)
+    return log + np.where(x > 0, x, 0), log + np.where(x > 0, 0, -x), up, down
+
+
+def _deliver_binary_grad(grad, g, scale):
+    _round_to(grad, np.zeros(grad.shape) if scale == 0 else g * scale)
+
+
+def _deliver_binary(loss, losses, logits):
+    """As _deliver, of every element."""
+    with np.errstate(all="ignore"):
+        loss = loss.astype(COMPUTE_DTYPE.get(logits.dtype.name, FLOAT32))
+        total = float(loss.sum(dtype=np.float64))
+    if losses is not None:
+        losses[...] = loss
+    return total
+
+
 def most_threads():
     return 1
 

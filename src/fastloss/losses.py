@@ -1,12 +1,12 @@
-"""The losses: check, find the divisor of the mean, allocate, call the kernel, reduce."""
+"""The losses of classes: check, find the divisor of the mean, call the kernel."""
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fastloss import _arguments, _backend, _threads, functional
+from fastloss._calls import call_loss
 from fastloss._contract import Loss
 from fastloss._operations import OPERATIONS
 
@@ -543,7 +543,7 @@ def _loss(
     with_grad: bool,
     out: np.ndarray | None = None,
 ) -> tuple[float | np.ndarray, Any]:
-    """What the losses share: check, find the divisor, allocate, call the kernel, reduce."""
+    """What the losses share: check, find the divisor of the mean, call the kernel."""
     operation = OPERATIONS[name]
     if functional._small:
         answer = functional._small.loss(
@@ -561,19 +561,7 @@ def _loss(
     labels, total_weight = _arguments.labels(
         kernels, x, target, weight, sample_weight, checked, threads, probabilities=operation.soft
     )
-    divisor = reduced.divisor(total_weight)
-    grad = losses = None
-    if with_grad:
-        grad = _arguments.output(out, x, x.array.dtype, labels, in_place=(x.normal,))
-    if reduction == "none":
-        losses = _arguments.output(None, x.rows, x.compute_dtype, ())
-    total = kernel(
-        x.normal, labels, checked, 1.0 / divisor if divisor else 0.0, losses and losses.normal,
-        grad and grad.normal, threads,
+    return call_loss(
+        kernel, x, labels, total_weight, checked, reduced, threads, each=x.rows,
+        with_grad=with_grad, out=out,
     )  # fmt: skip
-    loss: float | np.ndarray
-    if losses is not None:
-        loss = losses.deliver()
-    else:
-        loss = total / divisor if divisor else math.nan
-    return loss, grad and grad.deliver()

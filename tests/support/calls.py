@@ -28,7 +28,8 @@ ARRAYS = {"logits": X, "grad_output": X, "probs": P, "log_probs": np.log(P), "ta
 
 def _call(operation):
     function = getattr(fl, operation.functions[-1])
-    arrays = [ARRAYS[name] for name in operation.inputs]
+    own = {"target": X > 1} if operation.family == "binary" else {}
+    arrays = [(ARRAYS | own)[name] for name in operation.inputs]
     return lambda how: function(*arrays, **operation.options, **how)
 
 

@@ -50,6 +50,20 @@ def _probabilities(rng, n, c, dtype):
     return (t / t.sum(axis=1, keepdims=True)).astype(dtype)
 
 
+def _answers(rng, n, c, dtype):
+    return rng.random((n, c)) < 0.3
+
+
+def _likely_answers(rng, n, c, dtype):
+    """Some of them sure."""
+    t = rng.random((n, c))
+    return np.where(t < 0.2, 0, np.where(t > 0.9, 1, t)).astype(dtype)
+
+
+def _pos_weight(rng, n, c, dtype):
+    return rng.random(c) * 3
+
+
 def _weight(rng, n, c, dtype):
     w = rng.random(c) * 2
     w[rng.integers(c)] = 0.0 if c > 2 else 0.5
@@ -83,6 +97,10 @@ INGREDIENTS: dict[str, Callable] = {
     "target": _target,
     "target, some ignored": _some_ignored,
     "target, probabilities": _probabilities,
+    "target, answers": _answers,
+    "target, likely answers": _likely_answers,
+    "pos_weight": _pos_weight,
+    "pos_weight, signed": _pos_weight,
     "weight": _weight,
     "sample_weight": _sample_weight,
     "weight, signed": _signed(_weight),
@@ -111,14 +129,18 @@ class Case(NamedTuple):
 
     @property
     def is_loss(self):
-        return self.operation.family == "loss"
+        return self.operation.is_loss
 
     @property
     def returns(self):
-        """The kinds of what it returns: an array like the logits, one like the rows, a float."""
+        """The kinds of what it returns: an array like the logits, one like the rows, a float.
+
+        Or losses of all elements.
+        """
         if not self.is_loss:
             return (self.operation.returns,)
-        reduced = "rows" if self.options.get("reduction") == "none" else "float"
+        each = "elements" if self.operation.family == "binary" else "rows"
+        reduced = each if self.options.get("reduction") == "none" else "float"
         with_grad = self.function.__name__.endswith("_with_grad")
         return (reduced, "logits") if with_grad else (reduced,)
 
@@ -168,8 +190,11 @@ def _cases(operation):
     one array by itself shows no more than all do.
     """
     name, function = operation.name, getattr(fl, operation.name)
-    if operation.family != "loss":
+    if not operation.is_loss:
         yield Case(name, function, operation.inputs)
+        return
+    if operation.family == "binary":
+        yield from _binary_cases(operation, function)
         return
     with_grad = getattr(fl, f"{name}_with_grad")
     hard, signed = operation.inputs, tuple(f"{array}, signed" for array in operation.arrays)
@@ -195,6 +220,26 @@ def _cases(operation):
         yield Case(f"{name} soft none", function, soft, (), _NONE)
         yield Case(f"{name} soft grad", with_grad, soft)
         yield Case(f"{name} soft grad all", with_grad, soft, signed, operation.soft_options)
+
+
+def _binary_cases(operation, function):
+    """The same, of targets of 0 and 1 and of those between them."""
+    name, with_grad = operation.name, getattr(fl, f"{operation.name}_with_grad")
+    answers, likely = "target, answers", "target, likely answers"
+    signed = tuple(f"{array}, signed" for array in operation.arrays)
+    yield Case(name, function, ("logits", answers))
+    yield Case(f"{name} all none", function, ("logits", likely), signed, {
+        **operation.options, **_NONE
+    })  # fmt: skip
+    yield Case(f"{name} grad", with_grad, ("logits", likely))
+    yield Case(f"{name} grad none", with_grad, ("logits", answers), (), _NONE)
+    yield Case(f"{name} grad all", with_grad, ("logits", answers), signed, operation.options)
+    for array in operation.arrays:
+        yield Case(f"{name} grad {array}", with_grad, ("logits", answers), (array,))
+    for option, value in operation.options.items():
+        yield Case(
+            f"{name} grad {option}", with_grad, ("logits", likely), (), {option: value, **_NONE}
+        )
 
 
 _CE_GRAD, _HARD = fl.cross_entropy_with_grad, ("logits", "target")

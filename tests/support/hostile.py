@@ -35,7 +35,9 @@ EXTREMES = [0.0, -0.0, 1.0, np.inf, -np.inf, np.nan, 3e38, -3e38, 1e-45, 87.5, -
 SIDES = [0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 127, 130, 299, 301, 1025]
 FUNCTIONS = tuple(BY_FUNCTION)
 FAMILY = {name: operation.family for name, operation in BY_FUNCTION.items()}
-WITH_OUT = [name for name in FUNCTIONS if FAMILY[name] != "loss" or name.endswith("_with_grad")]
+WITH_OUT = [
+    name for name in FUNCTIONS if not BY_FUNCTION[name].is_loss or name.endswith("_with_grad")
+]
 ARRAYS = tuple(
     dict.fromkeys(
         name for operation in OPERATIONS.values() for name in operation.inputs + operation.arrays
@@ -227,6 +229,13 @@ def _probabilities(rnd, shape):
     return np.asarray(np.where(t < 0.3, 0, t)).astype(rnd.choice([*FLOATS, np.longdouble]))
 
 
+def _answers(rnd, shape):
+    rng = np.random.default_rng(rnd.getrandbits(32))
+    t = np.asarray(rng.random(shape))
+    dtype = rnd.choice([*REALS, np.dtype(bool)])
+    return (t if dtype.kind == "f" and rnd.random() < 0.5 else t < 0.3).astype(dtype)
+
+
 def _weights(rnd, shape):
     rng = np.random.default_rng(rnd.getrandbits(32))
     dtype = rnd.choice([*REALS, np.dtype(bool)])
@@ -254,6 +263,10 @@ NUMBERS = {
         [-0.1, 1.5, np.nan, np.inf, 10**400, "0.1", b"0", bytearray(b"0"), memoryview(b"0"), None,
          0.5j, np.complex64(0.5), np.array(0.5j), np.array("0.5"), np.str_("0.5"), [0.1, 0.2],
          np.zeros(2), np.timedelta64(0, "s"), np.array(0, "m8[s]"), np.ma.masked],
+    ),
+    "alpha": (
+        [None, 0, 0.25, 1, np.float32(0.5), Fraction(1, 3)],
+        [-0.1, 1.5, np.nan, 10**400, "1", 1j, [0.5], object()],
     ),
     "epsilon": (
         [0.0, -1, -0.5, 2.5, np.float32(-3), Fraction(1, 3)],
@@ -311,13 +324,13 @@ def draw(rnd):
     if backward:
         g = draw_scores(rnd, shape, dtype, tame=True)
         arguments["grad_output"] = arrange(rnd, g, memories)
-    if operation.family == "loss":
+    if operation.is_loss:
         draw_loss(rnd, operation, arguments, wrong, shape, rows, shape[axis], memories)
     arguments["axis"] = axis
     if rnd.random() < 0.3:
         arguments["num_threads"] = rnd.choice(NUMBERS["num_threads"][0])
     if rnd.random() < 0.25:
-        _spoil(rnd, arguments, wrong, shape)
+        _spoil(rnd, arguments, wrong, shape, operation.family == "binary")
     out_bytes = []
     if name in WITH_OUT and rnd.random() < 0.7:
         per_row = operation.family == "map" and operation.returns == "rows"
@@ -328,17 +341,20 @@ def draw(rnd):
 
 
 def draw_loss(rnd, operation, arguments, wrong, shape, rows, num_classes, memories):
-    ignored = -100
-    if rnd.random() < 0.3:
+    ignored, binary = -100, operation.family == "binary"
+    if not binary and rnd.random() < 0.3:
         ignored = arguments["ignore_index"] = rnd.choice(NUMBERS["ignore_index"][0])
-    if operation.soft and rnd.random() < 0.3:
+    if binary:
+        target = _answers(rnd, shape)
+    elif operation.soft and rnd.random() < 0.3:
         target = _probabilities(rnd, shape)
     else:
         target = _indices(rnd, rows, num_classes, int(ignored))
     wrapped = wrap(rnd, arrange(rnd, target, memories))
     # A list of nothing does not say what it is a list of.
     arguments["target"] = wrapped if target.size else target
-    for weights, weights_shape in (("weight", (num_classes,)), ("sample_weight", rows)):
+    for weights in operation.arrays:
+        weights_shape = rows if weights == "sample_weight" else (num_classes,)
         if rnd.random() < 0.3:
             values = _weights(rnd, weights_shape)
             wrapped = wrap(rnd, arrange(rnd, values, memories))
@@ -346,14 +362,14 @@ def draw_loss(rnd, operation, arguments, wrong, shape, rows, num_classes, memori
     for option in (*operation.options, "reduction", "normalizer"):
         if rnd.random() < 0.3:
             arguments[option] = rnd.choice(NUMBERS[option][0])
-    if target.dtype.kind not in "iu":
+    if not binary and target.dtype.kind not in "iu":
         defaults = Options._field_defaults
         wrong.update(o for o in INDEX_OPTIONS if arguments.get(o, defaults[o]) != defaults[o])
     if arguments.get("normalizer") is not None and arguments.get("reduction", "mean") != "mean":
         wrong.add("normalizer")
 
 
-def _spoil(rnd, arguments, wrong, shape):
+def _spoil(rnd, arguments, wrong, shape, binary):
     """Make one argument wrong."""
     name = rnd.choice(list(arguments))
     if name in NUMBERS:
@@ -366,7 +382,7 @@ def _spoil(rnd, arguments, wrong, shape):
         arguments[name] = rnd.choice(GARBAGE)
     elif how == "dtype":
         dtype = rnd.choice(FOREIGN)
-        if is_read(dtype, name):
+        if is_read(dtype, name, binary):
             return
         arguments[name] = np.zeros(array.shape, dtype)
     elif how == "shape" and name in SCORES:
@@ -374,23 +390,25 @@ def _spoil(rnd, arguments, wrong, shape):
     elif how == "shape":
         arguments[name] = rnd.choice([array[None], np.zeros((*array.shape, 2), array.dtype)])
     elif how == "value" and "target" in arguments:
-        spoil_value(rnd, arguments, wrong, shape)
+        spoil_value(rnd, arguments, wrong, shape, binary)
         return
     else:
         arguments[name] = np.ma.masked_array(array, rnd.choice([False, True]))
     wrong.add(name)
 
 
-def is_read(dtype, name):
+def is_read(dtype, name, binary=False):
     """Whether one of the foreign types is none there."""
-    return dtype.char in {"target": "g", "weight": "g?", "sample_weight": "g?"}.get(name, "")
+    weights = dict.fromkeys(("weight", "sample_weight", "pos_weight"), "g?")
+    return dtype.char in {"target": "g?" if binary else "g", **weights}.get(name, "")
 
 
-def spoil_value(rnd, arguments, wrong, shape):
+def spoil_value(rnd, arguments, wrong, shape, binary=False):
     """A target out of range, or a weight that is none."""
-    name = rnd.choice([name for name in ("target", "weight", "sample_weight") if name in arguments])
+    names = ("target", "weight", "sample_weight", "pos_weight")
+    name = rnd.choice([name for name in names if name in arguments])
     array = read(arguments[name])
-    if array.size == 0 or (name == "target" and array.dtype.kind not in "iu"):
+    if array.size == 0 or (name == "target" and (binary or array.dtype.kind not in "iu")):
         return
     if name == "target":
         array = array.astype(rnd.choice(INTEGERS[1:4] + INTEGERS[5:]))
@@ -591,7 +609,9 @@ def _scale(plain):
     target = plain.get("target")
     t = sizes["target"] if target is not None and np.asarray(target).dtype.kind in "fV" else 1
     z = float(plain.get("z_loss", 0))
-    weights = max(sizes.get("weight", 1), 1) * max(sizes.get("sample_weight", 1), 1)
+    weights = math.prod(
+        max(sizes.get(name, 1), 1) for name in ("weight", "sample_weight", "pos_weight")
+    )
     g = sizes.get("grad_output", 1) + 1
     return 4 * x * (1 + z * x) * (1 + t) * weights * g
 

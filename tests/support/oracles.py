@@ -198,6 +198,69 @@ def nll_loss_with_grad(
     return _reduce(loss, np.abs(loss), -wt, np.abs(wt), divisor, reduction, normalizer)
 
 
+class Elements:
+    """What binary losses are made of: softplus and sigmoid of every score, and of minus it."""
+
+    def __init__(self, logits, target, label_smoothing=0.0):
+        x, e = logits.astype(LONG), LONG(label_smoothing)
+        self.t = (1 - e) * target.astype(LONG) + e / 2
+        with np.errstate(under="ignore"):
+            small = np.exp(-abs(x))
+            log = np.log1p(small)
+        self.above, self.below = log + np.maximum(x, 0), log + np.maximum(-x, 0)
+        small /= 1 + small
+        self.up, self.down = np.where(x > 0, 1 - small, small), np.where(x > 0, small, 1 - small)
+        self.slack = 1 + abs(x) / 10
+
+    def reduce(self, yes, no, factor, slope, weight, sample_weight, options):
+        """A loss with the slopes yes and no of its two parts, times a factor; and its gradient."""
+        weight = LONG(1) if weight is None else weight.astype(LONG)
+        s = np.ones(len(self.t), LONG) if sample_weight is None else sample_weight.astype(LONG)
+        w = s[:, None] * weight * factor
+        loss = w * (yes * self.below + no * self.above)
+        size = abs(w) * (abs(yes) * self.below + abs(no) * self.above)
+        grad = w * (no * self.up - yes * self.down) + s[:, None] * weight * slope
+        grad_size = abs(w) * (abs(no) * self.up + abs(yes) * self.down)
+        grad_size = grad_size + abs(s[:, None] * weight * slope)
+        divisor = s.sum() * self.t.shape[1]
+        return _reduce(
+            loss, size * self.slack, grad, 2 * grad_size * self.slack, divisor,
+            options.get("reduction", "mean"), options.get("normalizer"),
+        )  # fmt: skip
+
+
+def binary_cross_entropy_with_logits(logits, target, **options):
+    return binary_cross_entropy_with_logits_with_grad(logits, target, **options)[:1]
+
+
+def binary_cross_entropy_with_logits_with_grad(
+    logits, target, *, pos_weight=None, weight=None, sample_weight=None, label_smoothing=0.0,
+    **options,
+):  # fmt: skip
+    of = Elements(logits, target, label_smoothing)
+    yes = of.t if pos_weight is None else of.t * pos_weight.astype(LONG)
+    return of.reduce(yes, 1 - of.t, LONG(1), LONG(0), weight, sample_weight, options)
+
+
+def sigmoid_focal_loss(logits, target, **options):
+    return sigmoid_focal_loss_with_grad(logits, target, **options)[:1]
+
+
+def sigmoid_focal_loss_with_grad(
+    logits, target, *, alpha=None, gamma=2.0, weight=None, sample_weight=None, **options
+):
+    of = Elements(logits, target)
+    yes, no = of.t, 1 - of.t
+    q = yes * of.down + no * of.up
+    balance = LONG(1) if alpha is None else yes * LONG(alpha) + no * (1 - LONG(alpha))
+    with np.errstate(under="ignore"):
+        factor = balance * q ** LONG(gamma)
+        plain = yes * of.below + no * of.above
+        slope = factor * gamma * (no - yes) * of.up * of.down / np.where(q == 0, 1, q) * plain
+    of.slack = of.slack * (1 + gamma)
+    return of.reduce(yes, no, factor, slope, weight, sample_weight, options)
+
+
 def shares(target, num_classes, weight, sample_weight, ignore_index):
     """The weight of each row, its distribution over classes, and the divisor of the mean."""
     s = np.ones(len(target), LONG) if sample_weight is None else sample_weight.astype(LONG)

@@ -135,22 +135,24 @@ cdef inline void poly_step(
 
 
 cdef inline void raise_to(
-    const double* q, const double* p, Py_ssize_t n, double gamma, double* power
+    const real* q, const real* p, Py_ssize_t n, double gamma, real* power
 ) noexcept nogil:
     """q**gamma of probabilities q = 1 - p, by products if there are few."""
-    cdef double magic = magic_of(<double>0.0), log_q
+    cdef real magic = magic_of(<real>0.0), log_q, exponent = <real>gamma
+    cdef real most = 1e38 if real is float else 1e308
     cdef int whole = <int>gamma if gamma <= 8.0 else 0, j
     cdef Py_ssize_t i
     if whole == gamma:
         for i in range(n):
-            power[i] = q[i]
-        for j in range(1, whole):
+            power[i] = 1
+        for j in range(whole):
             for i in range(n):
                 power[i] *= q[i]
         return
     for i in range(n):
-        log_q = -log1p(p[i] / q[i])
-        power[i] = exponential(gamma * log_q, <double>0.0, magic, lowest_of(magic)) * power_of(q[i])
+        log_q = -log1p(below(p[i] / q[i], most))
+        power[i] = exponential(exponent * log_q, <real>0.0, magic, lowest_of(magic))
+        power[i] *= power_of(magic)
 
 
 cdef inline void cross_entropy_soft_step(const Job* job, Rows* r, Py_ssize_t n) noexcept nogil:

@@ -67,6 +67,8 @@ cdef enum Operation:
     CROSS_ENTROPY_SOFT
     NLL
     NLL_BACKWARD
+    BINARY_CROSS_ENTROPY
+    SIGMOID_FOCAL
 
 
 cdef inline bint is_backward(Operation operation) noexcept nogil:
@@ -83,8 +85,16 @@ cdef inline bint is_nll(Operation operation) noexcept nogil:
     return operation == NLL or operation == NLL_BACKWARD
 
 
+cdef inline bint is_binary(Operation operation) noexcept nogil:
+    """Whether each element has a loss, and is what rows are elsewhere."""
+    return operation == BINARY_CROSS_ENTROPY or operation == SIGMOID_FOCAL
+
+
 cdef inline bint has_losses(Operation operation) noexcept nogil:
-    return operation == CROSS_ENTROPY or operation == CROSS_ENTROPY_SOFT or operation == NLL
+    return (
+        operation == CROSS_ENTROPY or operation == CROSS_ENTROPY_SOFT or operation == NLL
+        or is_binary(operation)
+    )
 
 
 cdef inline bint has_soft_target(Operation operation) noexcept nogil:
@@ -109,6 +119,7 @@ cdef struct Options:
 cdef struct Job:
     # One call, as its threads see it.
     Py_ssize_t rows, num_classes, inner
+    Py_ssize_t labels  # of binary losses: classes of the array, whose elements are the rows
     Layout layout
     Storage storage
     const char* logits  # or log_probs, or probs

@@ -42,6 +42,7 @@ here.
 """
 
 from fastloss._numba.entries import (
+    binary_cross_entropy_with_logits,
     check_target,
     cross_entropy,
     describe,
@@ -50,12 +51,14 @@ from fastloss._numba.entries import (
     logsumexp,
     most_threads,
     nll_loss,
+    sigmoid_focal_loss,
     softmax,
     softmax_backward,
     warmup,
 )
 
 __all__ = [
+    "binary_cross_entropy_with_logits",
     "check_target",
     "cross_entropy",
     "describe",
@@ -64,6 +67,7 @@ __all__ = [
     "logsumexp",
     "most_threads",
     "nll_loss",
+    "sigmoid_focal_loss",
     "softmax",
     "softmax_backward",
     "warmup",

@@ -12,6 +12,7 @@ from numba import prange, types
 from fastloss import _threads
 from fastloss._contract import Labels, Options, TargetCheck
 from fastloss._numba.backward import backward_rows, backward_run, backward_tile
+from fastloss._numba.binary import PART, PARTS, binary_numbers, binary_unit
 from fastloss._numba.columns import load_columns, rows_of, rows_to, store_columns, turned_numbers
 from fastloss._numba.jit import entry, inline, spliced, typed
 from fastloss._numba.losses import (
@@ -67,6 +68,7 @@ from fastloss._numba.tiles import (
 )
 from fastloss._numba.types import (
     BFLOAT16,
+    BINARY,
     BLOCK,
     CHECK_BLOCK,
     COLUMNS,
@@ -513,6 +515,28 @@ def nll_backward_share(
 
 
 @entry
+def binary_share(
+    x, target, soft, weight, sample_weight, plan, options, focal, scale, losses, out, scratch,
+    partial, units, thread, threads,
+):  # fmt: skip
+    """Of integers, or of numbers: the other is None; so is `focal` where the loss is another."""
+    mode = set_float_mode(IEEE)
+    plan = Plan(*plan)
+    given = options_of(options)
+    x, out, numbers = borrow(x), borrow(out), borrow(soft)
+    own = from_line(borrow(scratch[thread]), binary_numbers())
+    size = plan.rows * plan.num_classes
+    for unit in share_of(units, thread, threads):
+        first = unit * PART * PARTS
+        partial[unit] = binary_unit(
+            x, target, numbers, weight, sample_weight, losses, out, own, first,
+            min(PART * PARTS, size - first), plan, given, focal, scale,
+        )  # fmt: skip
+    end_stream()
+    set_float_mode(mode)
+
+
+@entry
 def check_share(
     target, weight, sample_weight, size, num_classes, ignore_index, found, units, thread, threads
 ):
@@ -610,10 +634,8 @@ def check_target(labels, options, num_classes, num_threads):
 
 
 def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
-    if scale == 0.0 and grad is not None:  # no row counts, not even one that holds a NaN
-        total = cross_entropy(logits, labels, options, scale, losses, None, num_threads)
-        grad.fill(0)
-        return total
+    if scale == 0.0 and grad is not None:
+        return _without_rows(cross_entropy, logits, labels, options, losses, grad, num_threads)
     small = None if num_threads > 1 else _small_plan(logits, labels, options, losses)
     if small and (address := _addresses.get((cross_entropy_share, logits.dtype))):
         target, out = labels.target, _NOTHING[logits.dtype.type] if grad is None else grad
@@ -653,6 +675,13 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
     return _total(partial)
 
 
+def _without_rows(loss, logits, labels, options, losses, grad, num_threads):
+    """Where the scale is 0, no row counts, not even one that holds a NaN."""
+    total = loss(logits, labels, options, 0.0, losses, None, num_threads)
+    grad.fill(0)
+    return total
+
+
 def _small_plan(logits, labels, options, losses):
     """The plan of a call of few units without weights and options, as a tuple; else None."""
     target, weight, sample_weight = labels
@@ -683,6 +712,39 @@ def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
     if grad is not None:  # which may be log_probs: not before these were read
         out.fill(0)
         _run(nll_backward_share, (*rows, scale, out, scratch, fields), units, threads)
+    return _total(partial)
+
+
+def binary_cross_entropy_with_logits(logits, labels, options, scale, losses, grad, num_threads):
+    if scale == 0.0 and grad is not None:
+        return _without_rows(
+            binary_cross_entropy_with_logits, logits, labels, options, losses, grad, num_threads
+        )
+    return _binary(logits, labels, options, None, scale, losses, grad, num_threads)
+
+
+def sigmoid_focal_loss(logits, labels, options, scale, losses, grad, num_threads):
+    if scale == 0.0 and grad is not None:
+        return _without_rows(sigmoid_focal_loss, logits, labels, options, losses, grad, num_threads)
+    return _binary(logits, labels, options, True, scale, losses, grad, num_threads)
+
+
+def _binary(logits, labels, options, focal, scale, losses, grad, num_threads):
+    target, soft = (None, _flat(labels.target)) if labels.soft else (_integers(labels.target), None)
+    plan, _, _ = plan_of(BINARY, logits, grad, num_threads, labels.target if labels.soft else None)
+    if plan.num_classes == 1:
+        plan = plan._replace(inner=plan.rows)  # the longer the runs of elements of one class
+    units = -(-logits.size // (PART * PARTS))
+    threads = min(num_threads, units)
+    real = _compute_dtype(logits)
+    weight = _ABSENT[real] if labels.weight is None else _read_only(labels.weight.astype(real))
+    scratch = np.empty((max(threads, 1), binary_numbers.py_func() + LINE // 4), real)
+    partial = np.empty(units)
+    arguments = (
+        _flat(logits), target, soft, weight, _or_absent(labels.sample_weight), tuple(plan),
+        tuple(options), focal, scale, *_outputs(logits, losses, grad), scratch, partial,
+    )  # fmt: skip
+    _run(binary_share, arguments, units, threads)
     return _total(partial)
 
 

@@ -196,18 +196,21 @@ def poly_step(p, q, minus_log_p, n, epsilon, phi, slope):
 @inline
 def raise_to(q, p, n, gamma, power):
     """q**gamma of probabilities q = 1 - p, by products if there are few."""
+    real = q.dtype.type
+    zero, exponent, most = real(0), real(gamma), real(1e38 if q.itemsize == 4 else 1e308)
     whole = int(gamma) if gamma <= 8.0 else 0
     if whole == gamma:
         for i in range(n):
-            power[i] = q[i]
-        for _ in range(1, whole):
+            power[i] = 1.0
+        for _ in range(whole):
             for i in range(n):
                 power[i] *= q[i]
         return
-    magic = magic_of(0.0)
+    magic = magic_of(zero)
     for i in range(n):
-        log_q = -log1p(p[i] / q[i])
-        power[i] = exponential(gamma * log_q, 0.0, magic, lowest_of(magic)) * power_of(q)
+        ratio = p[i] / q[i]
+        log_q = -log1p(most if ratio > most else ratio)
+        power[i] = exponential(exponent * log_q, zero, magic, lowest_of(magic)) * power_of(q)
 
 
 @inline

@@ -36,8 +36,8 @@ ROWS, TILES, COLUMNS = range(3)
 
 (
     SOFTMAX, LOG_SOFTMAX, LOGSUMEXP, SOFTMAX_BACKWARD, LOG_SOFTMAX_BACKWARD, CROSS_ENTROPY,
-    CROSS_ENTROPY_SOFT, NLL,
-) = range(8)  # fmt: skip
+    CROSS_ENTROPY_SOFT, NLL, BINARY,
+) = range(9)  # fmt: skip
 
 
 @inline

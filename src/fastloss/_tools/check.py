@@ -119,6 +119,7 @@ class Problem:
         self.soft_target = np.ascontiguousarray(self.soft_target)
         self.target = rng.integers(0, shape[1], self.rows)
         self.target[-1, -1] = _IGNORED
+        self.answers = self._floats(rng.random(shape) < 0.3)
         self.weight = rng.uniform(0, 2, shape[1])
         self.sample_weight = rng.uniform(0, 2, self.rows)
         self.sample_weight[0, -1] = 0
@@ -142,7 +143,7 @@ class Problem:
             return self._check_target(kernels)
         variant = VARIANTS[operation]
         kernel = getattr(kernels, variant.operation.kernel)
-        if variant.operation.family == "loss":
+        if variant.operation.is_loss:
             return self._loss(kernel, variant)
         return self._map(kernel, variant.operation)
 
@@ -172,17 +173,21 @@ class Problem:
         return {"result": out, "result in place": same}
 
     def _loss(self, kernel: Loss, variant: Variant) -> Arrays:
+        binary = variant.operation.family == "binary"
         labels = Labels(
-            self.soft_target if variant.soft else self.target,
+            self.answers if binary else self.soft_target if variant.soft else self.target,
             *(
                 getattr(self, name) if name in variant.arrays else None
                 for name in Labels._fields[1:]
             ),
         )
-        common = labels, Options(_IGNORED, **variant.options)
+        if binary and labels.weight is not None:
+            labels = labels._replace(weight=np.stack([labels.weight[::-1], labels.weight]))
+        options = {name: v for name, v in variant.options.items() if name in Options._fields}
+        common = labels, Options(_IGNORED, **options)
         scores = getattr(self, variant.operation.scores)
 
-        losses, alone = np.empty((2, *self.rows), self.real)
+        losses, alone = np.empty((2, *(self.shape if binary else self.rows)), self.real)
         grad, same = np.empty(self.shape, self.dtype), scores.copy()
         total = kernel(scores, *common, _SCALE, losses, grad, self.threads)
         kernel(same, *common, _SCALE, None, same, self.threads)
@@ -218,6 +223,11 @@ class Problem:
             else:
                 bound = g + p * g.sum(axis=1, keepdims=True)
             return unit * np.broadcast_to(bound.max(axis=1, keepdims=True), size.shape)
+        if VARIANTS[operation].operation.family == "binary":
+            # Of weights up to 4; where targets are smoothed two terms may cancel.
+            if output.startswith("gradient"):
+                return unit * np.full(size.shape, 4 * _SCALE)
+            return 4 * unit * (1 + (np.abs(x) if size.ndim == 3 else 0)) * size
         if output.startswith("gradient"):
             if "soft" in operation:  # and here, where p is near the target, of weight up to 4
                 size = size + 4 * _SCALE * self.soft_target.astype(np.float64)

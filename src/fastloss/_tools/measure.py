@@ -144,6 +144,14 @@ class Data:
         return out
 
     @functools.cached_property
+    def answers(self) -> np.ndarray:
+        return np.random.default_rng(6).random(self.shape, np.float32) < 0.1
+
+    @functools.cached_property
+    def pos_weight(self) -> np.ndarray:
+        return np.random.default_rng(7).uniform(0.5, 2.0, self.shape[self.axis])
+
+    @functools.cached_property
     def weight(self) -> np.ndarray:
         return np.random.default_rng(2).uniform(0.5, 2.0, self.shape[self.axis])
 
@@ -191,6 +199,8 @@ class _Sample(Data):
     probs = functools.cached_property(lambda self: self._picked("probs"))
     log_probs = functools.cached_property(lambda self: self._picked("log_probs"))
     target = functools.cached_property(lambda self: self._whole.target.reshape(-1)[self._rows])
+    answers = functools.cached_property(lambda self: self._picked("answers"))
+    pos_weight = functools.cached_property(lambda self: self._whole.pos_weight)
     weight = functools.cached_property(lambda self: self._whole.weight)
     sample_weight = functools.cached_property(
         lambda self: self._whole.sample_weight.reshape(-1)[self._rows]
@@ -288,6 +298,8 @@ def _with_grad(variant: Variant) -> Callable[..., Result]:
 
 def _arrays(data: Data, variant: Variant) -> list[np.ndarray]:
     scores, target = variant.operation.inputs
+    if variant.operation.family == "binary":
+        target = "answers"
     return [getattr(data, scores), data.probabilities if variant.soft else getattr(data, target)]
 
 
@@ -309,7 +321,8 @@ def _target_terms(variant: Variant) -> Callable[[Data], np.ndarray] | None:
         return None
 
     def terms(data: Data) -> np.ndarray:
-        uniform = smoothing / data.shape[data.axis]
+        answers = 2 if variant.operation.family == "binary" else data.shape[data.axis]
+        uniform = smoothing / answers
         t = (1 - smoothing) * data.probabilities + uniform if variant.soft else uniform
         weights = [data.weight, data.sample_weight[:, None]] if variant.arrays else [1.0, 1.0]
         result: np.ndarray = t * weights[0] * weights[1] / data.normalizer * np.ones(data.shape)
