@@ -47,7 +47,7 @@ FACTORS = [
     (operation.functions, option)
     for operation in OPERATIONS.values()
     for option in operation.options
-    if option not in ("label_smoothing", "epsilon", "alpha")
+    if option not in ("label_smoothing", "epsilon", "alpha", "temperature")
 ]
 POLY = OPERATIONS["poly_loss"].functions
 BINARY = tuple(name for name in EVERY if BY_FUNCTION[name].family == "binary")
@@ -191,6 +191,12 @@ ERRORS = [
          f"alpha = {value} is out of range; it must be from 0 to 1")
         for value in (-0.1, 1.5, np.nan)
     ],
+    *[
+        (CROSS_ENTROPY, {"temperature": value}, ValueError,
+         f"temperature = {value} is out of range; it must be from 1e-4 to 1e4")
+        for value in (0.0, -1.0, 1e-5, 1e5, np.nan, np.inf)
+    ],
+    (CROSS_ENTROPY, {"temperature": None}, TypeError, "temperature = None is not a real number"),
     (SIGMOID_FOCAL, {"alpha": "0.5"}, TypeError, "alpha = '0.5' is not a real number"),
     # weights
     (REDUCED, {"weight": np.ones(9)}, ValueError,

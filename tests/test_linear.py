@@ -57,6 +57,7 @@ class Problem:
             "ignore_index": IGNORED,
             "label_smoothing": 0.1,
             "z_loss": 0.01,
+            "temperature": 0.7,
             "l2": 0.03,
             "normalizer": 17.0,
             "sum": "sum",
@@ -126,6 +127,7 @@ OPTIONS = [
     ("sample_weight",),
     ("label_smoothing",),
     ("z_loss",),
+    ("temperature",),
     ("probabilities",),
     ("linear_bias", "l2", "sum", "ignore_index", "weight", "sample_weight"),
     (
@@ -136,6 +138,7 @@ OPTIONS = [
         "signed",
         "label_smoothing",
         "z_loss",
+        "temperature",
         "ignore_index",
     ),
     (

@@ -30,11 +30,11 @@ ALONE = {
         "transpose_rows", "store_halves",
     },
     "Numba is told by None what is not given, and does not compile what asks for it": {
-        "label_smoothing_of", "z_loss_of", "is_smooth", "is_apart",
+        "label_smoothing_of", "z_loss_of", "is_smooth", "is_apart", "least_rest_of",
     },
     "Numba is told the operation when it compiles: there is a share for each": {
-        "is_backward", "is_nll", "has_losses", "has_soft_target", "writes_rows", "is_flat",
-        "next_stage_of_backward", "take_block_of_backward",
+        "is_backward", "is_nll", "is_binary", "has_losses", "has_soft_target", "writes_rows",
+        "is_flat", "next_stage_of_backward", "take_block_of_backward",
     },
     "Cython adds up rows of 129 classes and more as long rows where they are, Numba from 301 on": {
         "adds_as_rows", "fold_parts",

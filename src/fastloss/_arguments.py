@@ -337,12 +337,17 @@ def _weights(value: ArrayLike, shape: tuple[int, ...], name: str, reason: str) -
 
 
 def options(
-    ignore_index: Any, label_smoothing: Any = 0.0, epsilon: Any = 0.0, **factors: Any
+    ignore_index: Any,
+    label_smoothing: Any = 0.0,
+    epsilon: Any = 0.0,
+    temperature: Any = 1.0,
+    **factors: Any,
 ) -> Options:
     """Check what a loss takes beside its arrays; its factors are finite and at least 0."""
     smoothing = share(label_smoothing, "label_smoothing")
     numbers = {name: _not_negative(value, name) for name, value in factors.items()}
     numbers["epsilon"] = _finite(epsilon, "epsilon")
+    numbers["temperature"] = _temperature(temperature)
     return Options(_ignore_index(ignore_index), smoothing, **numbers)
 
 
@@ -418,6 +423,13 @@ def _not_negative(value: Any, name: str) -> float:
     number = real(value, name)
     if not 0.0 <= number < math.inf:
         raise ValueError(f"{name} = {number} is not a finite number of at least 0")
+    return number
+
+
+def _temperature(value: Any) -> float:
+    number = real(value, "temperature")
+    if not 1e-4 <= number <= 1e4:
+        raise ValueError(f"temperature = {number} is out of range; it must be from 1e-4 to 1e4")
     return number
 
 

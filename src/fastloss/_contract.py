@@ -36,6 +36,7 @@ class Options(NamedTuple):
     z_loss: float = 0.0
     gamma: float = 0.0  # of focal loss
     epsilon: float = 0.0  # of Poly-1
+    temperature: float = 1.0  # by which scores are divided beforehand
 
 
 INDEX_OPTIONS = ("ignore_index",)  # those that say nothing to probabilities

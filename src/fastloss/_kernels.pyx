@@ -54,6 +54,7 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
+from fastloss import _temper
 from fastloss._contract import TargetCheck
 
 cnp.import_array()
@@ -74,6 +75,11 @@ include "_kernels/columns.pxi"
 include "_kernels/shared.pxi"
 include "_kernels/nll.pxi"
 include "_kernels/binary.pxi"
+
+
+for _i in range(TEMPER):
+    untempered_f[_i] = _temper.temper(1.0, np.dtype(np.float32))[_i]
+    untempered_d[_i] = _temper.temper(1.0, np.dtype(np.float64))[_i]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -327,6 +333,7 @@ cdef Job job_of(cnp.ndarray array, cnp.ndarray out) except *:
     job.storage = storage_of(array)
     job.logits = cnp.PyArray_BYTES(array)
     job.out = NULL if out is None else cnp.PyArray_BYTES(out)
+    job.cooling = 1.0
     return job
 
 
@@ -375,8 +382,21 @@ cdef int target_kind_of(cnp.ndarray target) except -1:
     return kind if cnp.PyArray_ISSIGNED(target) else kind + 4
 
 
+cdef cnp.ndarray add_temperature(Job* job):
+    """Return what must stay alive as long as the job. Gradients are those of x, and not of x / T."""
+    cdef cnp.ndarray temper
+    if job.options.temperature == 1.0:
+        return None
+    temper = _temper.temper(
+        job.options.temperature, np.dtype(np.float64 if job.storage == FLOAT64 else np.float32))
+    job.temper = cnp.PyArray_DATA(temper)
+    job.cooling = 1.0 / job.options.temperature
+    job.scale *= job.cooling
+    return temper
+
+
 cdef cnp.ndarray add_relative_weight(Job* job, cnp.ndarray weight):
-    """Return what must stay alive as long as the job."""
+    """As add_temperature."""
     cdef cnp.ndarray relative
     cdef double smoothing = job.options.label_smoothing, least = 1.0, mean = 1.0
     job.largest_weight = 1.0
@@ -441,7 +461,7 @@ def cross_entropy(
     cnp.ndarray losses, cnp.ndarray grad, int num_threads,
 ):
     cdef Job job = job_of_loss(logits, labels, options, scale, losses, grad)
-    alive = add_relative_weight(&job, (<tuple>labels)[1])
+    alive = add_temperature(&job), add_relative_weight(&job, (<tuple>labels)[1])
     return run_loss(&job, CROSS_ENTROPY if job.other == NULL else CROSS_ENTROPY_SOFT, num_threads)
 
 

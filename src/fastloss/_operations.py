@@ -92,7 +92,7 @@ OPERATIONS = {
         Operation("log_softmax_backward", "backward", ("grad_output", "log_probs"), "logits"),
         Operation(
             "cross_entropy", "loss", ("logits", "target"), "rows", _WEIGHTS,
-            {"label_smoothing": 0.1, "z_loss": 0.01}, soft=True,
+            {"label_smoothing": 0.1, "z_loss": 0.01, "temperature": 0.7}, soft=True,
         ),
         Operation(
             "focal_loss", "loss", ("logits", "target"), "rows", _WEIGHTS, {"gamma": 1.5},

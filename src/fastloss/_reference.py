@@ -84,7 +84,8 @@ def _cross_entropy(logits, labels, options, scale, losses, grad):
     u = label_smoothing / num_classes
 
     # 1. reduce: m, the sum of exponentials over the classes other than the target, x_y.
-    x, m, _ = _shifted(_mute(logits, row_weight))
+    scale = scale / options.temperature  # the gradient is that of x, and not of x / T
+    x, m, _ = _shifted(_mute(logits, row_weight), options.temperature)
     e = np.exp(x)
     x_y, e_y = np.take_along_axis(x, y, 1), np.take_along_axis(e, y, 1)
     others = _sum_others(e, y)
@@ -133,7 +134,8 @@ def _cross_entropy_soft(logits, labels, options, scale, losses, grad):
     wt = w[None, :, None] * t
     a = _sum(wt)
 
-    x, m, k = _shifted(_mute(logits, row_weight))
+    scale = scale / options.temperature
+    x, m, k = _shifted(_mute(logits, row_weight), options.temperature)
     e = np.exp(x)
     others = _sum_others(e, k)
     with np.errstate(all="ignore"):
@@ -236,13 +238,16 @@ def describe():
     return {}
 
 
-def _shifted(logits):
-    """x - m, the maximum m and its index, per row; x - m is NaN without a finite maximum."""
+def _shifted(logits, temperature=1.0):
+    """x - m, the maximum m and its index, per row; x - m is NaN without a finite maximum.
+
+    x and m are divided by the temperature.
+    """
     x = _float64(logits)
     k = np.where(np.isnan(x), np.inf, x).argmax(axis=1, keepdims=True)
     m = np.take_along_axis(x, k, 1)
     with np.errstate(all="ignore"):
-        return x - m, m, k
+        return (x - m) / temperature, m / temperature, k
 
 
 def _sum_others(e, index):

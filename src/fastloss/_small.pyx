@@ -277,6 +277,8 @@ cdef object plain_options(dict options):
         if value == default:
             continue
         usual = False
+        if name == "temperature":  # which has a range of its own
+            return None
         if type(value) is int and not SMALLEST <= value <= LARGEST:
             return None
         if type(value) is float and not (

@@ -79,6 +79,7 @@ def linear_cross_entropy(
     ignore_index: int = _arguments.DEFAULT_IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     reduction: str = "mean",
     normalizer: float | None = None,
     chunk_rows: int | None = None,
@@ -106,7 +107,7 @@ def linear_cross_entropy(
     l2 : float
         The factor on the sum of the squares of W, finite and at least 0; the bias is not
         penalised.  Not together with ``reduction="none"``, for it belongs to no single row.
-    weight, sample_weight, ignore_index, label_smoothing, z_loss, reduction, normalizer
+    weight, sample_weight, ignore_index, label_smoothing, z_loss, temperature, reduction, normalizer
         As in `cross_entropy`.  The divisor of the mean is that of the data's part alone.
     chunk_rows : int, optional
         How many rows to take at a time, rounded up to a whole number of blocks; by default one.
@@ -164,8 +165,10 @@ def linear_cross_entropy(
     """
     plan = _plan(
         inputs, linear_weight, linear_bias, target, l2, weight, sample_weight,
-        _arguments.options(ignore_index, label_smoothing, z_loss=z_loss), reduction, normalizer,
-        chunk_rows, backend, num_threads,
+        _arguments.options(
+            ignore_index, label_smoothing, z_loss=z_loss, temperature=temperature
+        ),
+        reduction, normalizer, chunk_rows, backend, num_threads,
     )  # fmt: skip
     return _run(plan, _NO_GRADIENTS)
 
@@ -182,6 +185,7 @@ def linear_cross_entropy_with_grad(
     ignore_index: int = _arguments.DEFAULT_IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     reduction: str = "mean",
     normalizer: float | None = None,
     inputs_grad: bool = False,
@@ -213,7 +217,7 @@ def linear_cross_entropy_with_grad(
         calls for parts of a batch add up to the gradient of the whole; the penalty is part of each
         call that has an `l2`.
     inputs, linear_weight, target, linear_bias, l2, weight, sample_weight, ignore_index, \
-label_smoothing, z_loss, reduction, normalizer, chunk_rows, backend, num_threads
+label_smoothing, z_loss, temperature, reduction, normalizer, chunk_rows, backend, num_threads
         As in `linear_cross_entropy`.
 
     Returns
@@ -242,8 +246,10 @@ label_smoothing, z_loss, reduction, normalizer, chunk_rows, backend, num_threads
     """
     plan = _plan(
         inputs, linear_weight, linear_bias, target, l2, weight, sample_weight,
-        _arguments.options(ignore_index, label_smoothing, z_loss=z_loss), reduction, normalizer,
-        chunk_rows, backend, num_threads,
+        _arguments.options(
+            ignore_index, label_smoothing, z_loss=z_loss, temperature=temperature
+        ),
+        reduction, normalizer, chunk_rows, backend, num_threads,
     )  # fmt: skip
     inputs_grad = _arguments.flag(inputs_grad, "inputs_grad")
     weight_grad = _arguments.flag(linear_weight_grad, "linear_weight_grad")

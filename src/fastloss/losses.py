@@ -123,6 +123,7 @@ def cross_entropy(
     ignore_index: int = _arguments.DEFAULT_IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     reduction: str = "mean",
     normalizer: float | None = None,
     axis: int = -1,
@@ -162,6 +163,9 @@ def cross_entropy(
         The share e of the target that is spread over all classes, from 0 to 1.
     z_loss : float
         The weight z of the square of lse, at least 0.
+    temperature : float
+        What all scores are divided by beforehand, from 1e-4 to 1e4.  That takes no time, and rounds
+        no score.
     reduction : {"mean", "sum", "none"}
         The mean divides the sum by the sum of ``weight[target] * sample_weight`` over the rows
         not ignored; with probabilities, by the sum of the sample weights, 1 each where none is
@@ -211,6 +215,7 @@ def cross_entropy(
     """
     options = {
         "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss,
+        "temperature": temperature,
     }  # fmt: skip
     loss, _ = _loss(
         "cross_entropy", logits, target, weight, sample_weight, options, reduction, normalizer,
@@ -228,6 +233,7 @@ def cross_entropy_with_grad(
     ignore_index: int = _arguments.DEFAULT_IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     reduction: str = "mean",
     normalizer: float | None = None,
     axis: int = -1,
@@ -246,17 +252,17 @@ def cross_entropy_with_grad(
     .. math:: dL/dx_c = s \, (a \, p_c - b \, [c = y] - (e / C) \, w_c), \quad
               b = (1 - e) \, w_y, \quad a = b + (e / C) \sum_k w_k + 2 z \, \mathrm{lse}
 
-    over the normalizer where the reduction is ``"mean"``; with ``"none"`` it is the gradient of
-    the sum.  For probabilities t' as targets, with :math:`A = \sum_k w_k t'_k + 2 z\,\mathrm{lse}`,
-    it is :math:`s \, (A \, p_c - w_c t'_c)`.
+    over the normalizer where the reduction is ``"mean"``, and over the temperature; with ``"none"``
+    it is the gradient of the sum.  For probabilities t' as targets, with
+    :math:`A = \sum_k w_k t'_k + 2 z\,\mathrm{lse}`, it is :math:`s \, (A \, p_c - w_c t'_c)`.
 
     Parameters
     ----------
     out : ndarray, optional
         Where to write the gradient; shape and dtype of `logits`, and it may be `logits`.
         Nothing is written when an error is raised.
-    logits, target, weight, sample_weight, ignore_index, label_smoothing, z_loss, reduction, \
-normalizer, axis, backend, num_threads
+    logits, target, weight, sample_weight, ignore_index, label_smoothing, z_loss, temperature, \
+reduction, normalizer, axis, backend, num_threads
         As in `cross_entropy`.
 
     Returns
@@ -281,6 +287,7 @@ normalizer, axis, backend, num_threads
     """
     options = {
         "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss,
+        "temperature": temperature,
     }  # fmt: skip
     return _loss(
         "cross_entropy", logits, target, weight, sample_weight, options, reduction, normalizer,

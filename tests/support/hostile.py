@@ -268,6 +268,10 @@ NUMBERS = {
         [None, 0, 0.25, 1, np.float32(0.5), Fraction(1, 3)],
         [-0.1, 1.5, np.nan, 10**400, "1", 1j, [0.5], object()],
     ),
+    "temperature": (
+        [1.0, 1, 0.5, 7, np.float32(0.01), Fraction(1, 3), 1e4],
+        [0, -1, 1e-5, 1e5, np.nan, np.inf, 10**400, "1", None, 1j, [1.0], object()],
+    ),
     "epsilon": (
         [0.0, -1, -0.5, 2.5, np.float32(-3), Fraction(1, 3)],
         [np.nan, np.inf, -(10**400), "1", None, 1j, [1.0], object()],
@@ -605,7 +609,8 @@ def _scale(plain):
         for name in ARRAYS
         if name in plain and (a := np.asarray(plain[name], np.longdouble)) is not None
     }
-    x = max(sizes.get(name, 0) for name in ("logits", "probs", "log_probs")) + 1
+    heat = float(plain.get("temperature", 1))
+    x = max(sizes.get(name, 0) for name in ("logits", "probs", "log_probs")) / heat + 1
     target = plain.get("target")
     t = sizes["target"] if target is not None and np.asarray(target).dtype.kind in "fV" else 1
     z = float(plain.get("z_loss", 0))
@@ -613,7 +618,7 @@ def _scale(plain):
         max(sizes.get(name, 1), 1) for name in ("weight", "sample_weight", "pos_weight")
     )
     g = sizes.get("grad_output", 1) + 1
-    return 4 * x * (1 + z * x) * (1 + t) * weights * g
+    return 4 * x * (1 + z * x) * (1 + t) * weights * g / min(heat, 1)
 
 
 def describe(call):

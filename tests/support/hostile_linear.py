@@ -317,12 +317,13 @@ def _right(plain):
     # Scores are off by a part of the sizes that they are sums of, and what follows accordingly.
     info = np.finfo(dtype)
     unit = float(info.eps) * (32 + max(*x.shape, *w.shape))
-    sizes = np.max(_size(x) @ _size(w).T + _size(b), axis=1) + np.log(len(w)) + 1
+    heat = options.get("temperature", 1.0)
+    sizes = np.max(_size(x) @ _size(w).T + _size(b), axis=1) / heat + np.log(len(w)) + 1
     weights = np.abs(shares) * max(1.0, 0.0 if classes is None else np.abs(classes).max())
     steep = (1.0 if target.ndim == 1 else 1 + _size(target).sum(axis=1)) + 2 * z_loss * sizes
-    g_error = weights * (steep * np.minimum(8 * unit * sizes, 1) + 2 * z_loss * unit * sizes)
+    g_error = weights * (steep * np.minimum(8 * unit * sizes, 1) + 2 * z_loss * unit * sizes) / heat
     loss_error = weights * steep * 2 * unit * sizes
-    far = ~(sizes * (1 + weights * steep * max(abs(divisor), 1)) < info.max / 10)
+    far = ~(sizes * max(heat, 1) * (1 + weights * steep * max(abs(divisor), 1)) < info.max / 10)
     g_error, loss_error = (
         np.where(idle, 0, np.where(far, np.inf, error)) for error in (g_error, loss_error)
     )

@@ -100,8 +100,9 @@ def cross_entropy(logits, target, **options):
 
 def cross_entropy_with_grad(
     logits, target, *, weight=None, sample_weight=None, ignore_index=-100, label_smoothing=0.0,
-    z_loss=0.0, reduction="mean", normalizer=None,
+    z_loss=0.0, temperature=1.0, reduction="mean", normalizer=None,
 ):  # fmt: skip
+    logits, heat = logits.astype(LONG) / LONG(temperature), LONG(temperature)
     num_classes = logits.shape[1]
     s, t, divisor = shares(target, num_classes, weight, sample_weight, ignore_index)
     t = (1 - LONG(label_smoothing)) * t + LONG(label_smoothing) / num_classes
@@ -130,8 +131,9 @@ def cross_entropy_with_grad(
         entry = entry + (share * rows.p).max(axis=1, initial=0) / 8
     grad_allowance = np.broadcast_to(size[:, None] * entry[:, None], grad.shape)
     return _reduce(
-        loss, allowance, s[:, None] * grad, grad_allowance, divisor, reduction, normalizer
-    )
+        loss, allowance, s[:, None] * grad / heat, grad_allowance / heat, divisor, reduction,
+        normalizer,
+    )  # fmt: skip
 
 
 def focal_loss(logits, target, **options):

@@ -6,6 +6,9 @@
 # would round. SHIFT keeps what may still come out as a subnormal result a normal number until the
 # final product rounds it, once. Rows whose maximum is large use x - maximum, which is exact there
 # for all classes that are not negligible.
+#
+# At a temperature T it is exp(x / T), 2**n exp(r / T) with n the nearest to x / (T ln 2), and costs
+# as much: only the constants are others, those of `temper` (see _temper.py).
 
 cdef inline real power_of(real unused) noexcept nogil:
     """What takes an exponential back to what it stands for: 2**-SHIFT."""
@@ -22,27 +25,53 @@ cdef inline double huge_of(real unused) noexcept nogil:
     return 1.2676506002282294e30 if real is float else 9.9792015476736e291  # 2**100, 2**970
 
 
-cdef inline real pivot_of(real maximum) noexcept nogil:
+cdef enum:  # where each number is, as in _temper.py
+    LOG2E = 0
+    MINUS_HIGH = 1
+    MINUS_LOW = 2
+    LN2 = 3
+    TEMPERATURE = 4
+    SERIES = 5
+    TEMPER = 16  # how many there are
+
+
+cdef float untempered_f[TEMPER]
+cdef double untempered_d[TEMPER]
+
+
+cdef inline const real* untempered(real unused) noexcept nogil:
+    """What exponentials are computed with at a temperature of 1."""
+    if real is float:
+        return untempered_f
+    else:
+        return untempered_d
+
+
+cdef inline const real* temper_of(const Job* job, real unused) noexcept nogil:
+    return untempered(unused) if job.temper == NULL else <const real*>job.temper
+
+
+cdef inline real pivot_of(real maximum, const real* temper) noexcept nogil:
     """What is taken off x: 0, or the maximum where that is large (or inf: then all is NaN)."""
     cdef real size = maximum if maximum > 0 else -maximum
-    cdef real limit = 256.0 if real is float else 2048.0
-    return <real>0.0 if size < limit else maximum
+    cdef real limit = (256.0 if real is float else 2048.0)
+    return <real>0.0 if size < limit * temper[TEMPERATURE] else maximum
 
 
-cdef inline real magic_of(real maximum) noexcept nogil:
+cdef inline real magic_of(real maximum, const real* temper) noexcept nogil:
     """A number to which x / ln 2 is added: that rounds it, and leaves n - N in the low bits."""
-    cdef real shifted, x = maximum if pivot_of(maximum) == 0 else <real>0.0
+    cdef real shifted, x = maximum if pivot_of(maximum, temper) == 0 else <real>0.0
     if real is float:
-        shifted = fl_fma_f(x, 1.44269504, 12582912.0)  # 1.5 * 2**23
+        shifted = fl_fma_f(x, temper[LOG2E], 12582912.0)  # 1.5 * 2**23
         return <float>(12582912.0 + 127 + 32) - (shifted - <float>12582912.0)
     else:
-        shifted = fl_fma_d(x, 1.4426950408889634, 6755399441055744.0)  # 1.5 * 2**52
+        shifted = fl_fma_d(x, temper[LOG2E], 6755399441055744.0)  # 1.5 * 2**52
         return (6755399441055744.0 + 1023 + 64) - (shifted - 6755399441055744.0)
 
 
-cdef inline real highest_of(real unused) noexcept nogil:
+cdef inline real highest_of(const real* temper) noexcept nogil:
     """What common units take larger scores for: enough for a sum to be told by."""
-    return 44.0 if real is float else 340.0
+    return temper[TEMPERATURE] * (<float>44.0 if real is float else 340.0)
 
 
 cdef inline real common_magic(real unused) noexcept nogil:
@@ -69,57 +98,60 @@ cdef inline bint in_common_units(
     return exact & (least >= negligible * total) & (weight >= tiny_of(unused) * total)
 
 
-cdef inline real hopeless_of(Py_ssize_t num_classes, real unused) noexcept nogil:
+cdef inline real hopeless_of(Py_ssize_t num_classes, const real* temper) noexcept nogil:
     """Below this maximum, a row's sum is too small for common units (in_common_units)."""
-    return -(<real>(11.2 if real is float else 300.3) + log1p(<real>num_classes))
+    cdef real least = 11.2 if real is float else 300.3
+    return -(least + log1p(<real>num_classes)) * temper[TEMPERATURE]
 
 
-cdef inline bint is_hopeless(real maximum, real hopeless) noexcept nogil:
+cdef inline bint is_hopeless(real maximum, real hopeless, const real* temper) noexcept nogil:
     """Whether the maximum alone says that common units are not for a row."""
-    return (maximum > highest_of(maximum)) | (maximum < hopeless)
+    return (maximum > highest_of(temper)) | (maximum < hopeless)
 
 
-cdef inline real lowest_of(real magic) noexcept nogil:
+cdef inline real lowest_of(real magic, const real* temper) noexcept nogil:
     """The x whose n - N is the exponent of 0."""
     if real is float:
-        return (<float>12582912.0 - magic) * <float>0.693147181
+        return (<float>12582912.0 - magic) * temper[LN2]
     else:
-        return (6755399441055744.0 - magic) * 0.69314718055994531
+        return (6755399441055744.0 - magic) * temper[LN2]
 
 
-cdef inline real exponential(real x, real pivot, real magic, real lowest) noexcept nogil:
-    """2**(SHIFT - N) * exp(x - pivot); 0 where that is negligible; NaN for NaN."""
+cdef inline real exponential(
+    real x, real pivot, real magic, real lowest, const real* temper
+) noexcept nogil:
+    """2**(SHIFT - N) * exp((x - pivot) / T); 0 where that is negligible; NaN for NaN."""
     cdef real d, n, r, p, shifted
     d = (fl_no_dust_f(x) if real is float else fl_no_dust_d(x)) - pivot
     d = fl_larger_f(lowest, d) if real is float else fl_larger_d(lowest, d)
     if real is float:
-        shifted = fl_fma_f(d, 1.44269504, magic)
+        shifted = fl_fma_f(d, temper[LOG2E], magic)
         n = shifted - magic
-        r = fl_fma_f(n, -0.693145751953125, d)
-        r = fl_fma_f(n, -1.42860682e-6, r)
-        p = fl_fma_f(0.00131687098951, r, 0.00835358145597)
-        p = fl_fma_f(p, r, 0.0416763574161)
-        p = fl_fma_f(p, r, 0.166667094605)
-        p = fl_fma_f(p, r, 0.499999918849)
-        p = fl_fma_f(p, r, 1.0)
+        r = fl_fma_f(n, temper[MINUS_HIGH], d)
+        r = fl_fma_f(n, temper[MINUS_LOW], r)
+        p = fl_fma_f(temper[SERIES + 5], r, temper[SERIES + 4])
+        p = fl_fma_f(p, r, temper[SERIES + 3])
+        p = fl_fma_f(p, r, temper[SERIES + 2])
+        p = fl_fma_f(p, r, temper[SERIES + 1])
+        p = fl_fma_f(p, r, temper[SERIES])
         p = fl_fma_f(p, r, 1.0)
         # A product, not a sum of exponents: NaN stays NaN.
         return p * fl_from_bits_f(<int32_t>(<uint32_t>fl_bits_f(shifted) << 23))
     else:
-        shifted = fl_fma_d(d, 1.4426950408889634, magic)
+        shifted = fl_fma_d(d, temper[LOG2E], magic)
         n = shifted - magic
-        r = fl_fma_d(n, -6.93147180369123816490e-01, d)
-        r = fl_fma_d(n, -1.90821492927058770002e-10, r)
-        p = fl_fma_d(2.5110047135431713555e-8, r, 2.7632652169579558723e-7)
-        p = fl_fma_d(p, r, 2.7557242344003567523e-6)
-        p = fl_fma_d(p, r, 0.000024801487335535663603)
-        p = fl_fma_d(p, r, 0.00019841269886584525699)
-        p = fl_fma_d(p, r, 0.0013888888947812472924)
-        p = fl_fma_d(p, r, 0.0083333333333222094146)
-        p = fl_fma_d(p, r, 0.041666666666522018292)
-        p = fl_fma_d(p, r, 0.16666666666666674528)
-        p = fl_fma_d(p, r, 0.50000000000000102221)
-        p = fl_fma_d(p, r, 1.0)
+        r = fl_fma_d(n, temper[MINUS_HIGH], d)
+        r = fl_fma_d(n, temper[MINUS_LOW], r)
+        p = fl_fma_d(temper[SERIES + 10], r, temper[SERIES + 9])
+        p = fl_fma_d(p, r, temper[SERIES + 8])
+        p = fl_fma_d(p, r, temper[SERIES + 7])
+        p = fl_fma_d(p, r, temper[SERIES + 6])
+        p = fl_fma_d(p, r, temper[SERIES + 5])
+        p = fl_fma_d(p, r, temper[SERIES + 4])
+        p = fl_fma_d(p, r, temper[SERIES + 3])
+        p = fl_fma_d(p, r, temper[SERIES + 2])
+        p = fl_fma_d(p, r, temper[SERIES + 1])
+        p = fl_fma_d(p, r, temper[SERIES])
         p = fl_fma_d(p, r, 1.0)
         return p * fl_from_bits_d(<int64_t>(<uint64_t>fl_bits_d(shifted) << 52))
 

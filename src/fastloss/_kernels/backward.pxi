@@ -4,14 +4,15 @@
 
 cdef inline real reference_above(real maximum) noexcept nogil:
     """Log-probabilities are at most 0, but the formulas hold for any: a reference for all."""
-    return maximum if maximum > highest_of(maximum) else <real>0.0
+    return maximum if maximum > highest_of(untempered(maximum)) else <real>0.0
 
 
 cdef inline double unit_of(real m) noexcept nogil:
     """What an exponential with reference m is multiplied by to give exp(x)."""
-    cdef real magic = magic_of(m), pivot = pivot_of(m)
+    cdef const real* temper = untempered(m)
+    cdef real magic = magic_of(m, temper), pivot = pivot_of(m, temper)
     cdef double e = 1.0 if m == 0 else exp_any(m)  # 0, mostly: reference_above
-    return e / <double>exponential(m, pivot, magic, lowest_of(magic))
+    return e / <double>exponential(m, pivot, magic, lowest_of(magic, temper), temper)
 
 
 cdef inline real shrink_for(double factor, real unused) noexcept nogil:
@@ -45,7 +46,9 @@ cdef void huge_difference(
     Py_ssize_t n, real m, double total,
 ) noexcept nogil:
     """The result, the sum being total / HUGE_UNIT, in float64 and without overflow."""
-    cdef real pivot = pivot_of(m), magic = magic_of(m), lowest = lowest_of(magic)
+    cdef const real* temper = untempered(m)
+    cdef real pivot = pivot_of(m, temper), magic = magic_of(m, temper)
+    cdef real lowest = lowest_of(magic, temper)
     cdef double unit, value
     cdef Py_ssize_t j
     unit = unit_of(m) if operation == LOG_SOFTMAX_BACKWARD else 1.0
@@ -54,7 +57,8 @@ cdef void huge_difference(
         if operation == SOFTMAX_BACKWARD:
             value = forward[j * step] * (value - total)
         else:
-            value -= unit * exponential(forward[j * step], pivot, magic, lowest) * total
+            value -= unit * exponential(
+                forward[j * step], pivot, magic, lowest, temper) * total
         result[j * step] = <real>(value / HUGE_UNIT)
 
 
@@ -106,9 +110,12 @@ cdef inline void backward_block(
     cdef Py_ssize_t n = min(job.num_classes - b * BLOCK, <Py_ssize_t>BLOCK)
     cdef const real* g = load_block(job.storage, job.other, start, n, scratch)
     cdef const real* p = load_block(job.storage, job.logits, start, n, scratch + BLOCK)
-    cdef real m = reference_above(maximum), pivot = pivot_of(m), magic = magic_of(m)
-    cdef real lowest = lowest_of(magic), f = <real>total, shrink
+    cdef real own[TEMPER]
+    cdef real m = reference_above(maximum), pivot, magic, lowest, f = <real>total, shrink
     cdef double unit_m
+    memcpy(own, untempered(m), sizeof(own))
+    pivot, magic = pivot_of(m, own), magic_of(m, own)
+    lowest = lowest_of(magic, own)
     if huge:
         huge_difference(operation, g, p, result, 1, n, m, total)
     elif operation == SOFTMAX_BACKWARD:
@@ -120,7 +127,7 @@ cdef inline void backward_block(
         f = <real>(total / shrink * unit_m)
         for j in range(n):
             result[j] = subtract_product(
-                exponential(p[j], pivot, magic, lowest) * shrink, f, g[j])
+                exponential(p[j], pivot, magic, lowest, own) * shrink, f, g[j])
 
 
 cdef bint backward_run(
@@ -193,9 +200,12 @@ cdef inline void finish_run(
     """The result, in place of the factor of each row."""
     cdef const real* p
     cdef const real* g
-    cdef real magic = magic_of(<real>0.0), lowest = bound(lowest_of(magic))
+    cdef real own[TEMPER]
+    cdef real magic = magic_of(<real>0.0, untempered(scratch[0]))
+    cdef real lowest = bound(lowest_of(magic, untempered(scratch[0])))
     cdef real* result
     cdef Py_ssize_t b, c, j, width
+    memcpy(own, untempered(scratch[0]), sizeof(own))
     for b in range(blocks_in(n)):
         c = b * BLOCK
         width = min(n - c, <Py_ssize_t>BLOCK)
@@ -208,7 +218,7 @@ cdef inline void finish_run(
         else:
             for j in range(width):
                 result[j] = subtract_product(
-                    exponential(p[j], <real>0.0, magic, lowest), result[j], g[j])
+                    exponential(p[j], <real>0.0, magic, lowest, own), result[j], g[j])
 
 
 cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) noexcept nogil:
@@ -218,12 +228,14 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
     cdef real lowest[LANES]
     cdef real f[LANES]
     cdef real shrink[LANES]
+    cdef real own[TEMPER]
     cdef real parts[CHUNK * LANES]
     cdef double total[LANES]
     cdef double unit_m[LANES]
     cdef int huge = 0, above = 0
     cdef int32_t c, part, among = parts_of(job)
     cdef Py_ssize_t j, step = job.step
+    memcpy(own, untempered(p[0]), sizeof(own))
     memset(parts, 0, among * LANES * sizeof(real))
     for c in range(<int32_t>job.num_classes):
         part = part_of(job, c, among) * LANES
@@ -262,9 +274,9 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
         for j in range(LANES):
             shrink[j] = shrink_for(total[j] * unit_m[j], maximum[j])
             f[j] = <real>(total[j] / shrink[j] * unit_m[j])
-            pivot[j] = pivot_of(maximum[j])
-            magic[j] = magic_of(maximum[j])
-            lowest[j] = lowest_of(magic[j])
+            pivot[j] = pivot_of(maximum[j], own)
+            magic[j] = magic_of(maximum[j], own)
+            lowest[j] = lowest_of(magic[j], own)
     for c in range(job.num_classes):
         if operation == SOFTMAX_BACKWARD:
             for j in range(LANES):
@@ -272,5 +284,5 @@ cdef void backward_tile(const Job* job, Operation operation, real* p, real* g) n
         else:
             for j in range(LANES):
                 p[c * step + j] = subtract_product(
-                    exponential(p[c * step + j], pivot[j], magic[j], lowest[j]) * shrink[j],
+                    exponential(p[c * step + j], pivot[j], magic[j], lowest[j], own) * shrink[j],
                     f[j], g[c * step + j])

@@ -83,12 +83,15 @@ cdef inline void sigmoid_chunk(
 
     The last two in units of 2**-SHIFT, as exponentials are.
     """
+    cdef real own[TEMPER]
     cdef real e[CHUNK]
-    cdef real magic = magic_of(<real>0.0), lowest = bound(lowest_of(magic))
+    cdef real magic = magic_of(<real>0.0, untempered(x[0]))
+    cdef real lowest = bound(lowest_of(magic, untempered(x[0])))
     cdef real power = power_of(magic), unit = <real>1.0 / power, narrow
     cdef Py_ssize_t j
+    memcpy(own, untempered(x[0]), sizeof(own))
     for j in range(CHUNK):
-        e[j] = exponential(x[j] if x[j] < 0 else -x[j], <real>0.0, magic, lowest)
+        e[j] = exponential(x[j] if x[j] < 0 else -x[j], <real>0.0, magic, lowest, own)
     for j in range(CHUNK):
         log[j] = log1p(power * e[j])
     for j in range(CHUNK):

@@ -66,7 +66,7 @@ cdef inline real above(real x, real least) noexcept nogil:
 
 
 cdef inline void exp_run(
-    const real* x, Py_ssize_t n, real* e, const char* later, Py_ssize_t step
+    const real* x, Py_ssize_t n, real* e, const real* temper, const char* later, Py_ssize_t step
 ) noexcept nogil:
     """The exponentials e in common units, wherever rows end.
 
@@ -74,10 +74,12 @@ cdef inline void exp_run(
     """
     cdef real value[CHUNK]
     cdef real rest[CHUNK]
-    cdef real magic = common_magic(x[0]), lowest = bound(lowest_of(magic))
-    cdef real highest = bound(highest_of(magic))
+    cdef real own[TEMPER]
+    cdef real magic = common_magic(x[0]), lowest = bound(lowest_of(magic, temper))
+    cdef real highest = bound(highest_of(temper))
     cdef const real* source
     cdef Py_ssize_t chunk, j, whole = n // CHUNK
+    memcpy(own, temper, sizeof(own))  # which nothing that is written can be
     if whole * CHUNK < n:
         pad(x + whole * CHUNK, n - whole * CHUNK, -1, rest)
     for chunk in range((n + CHUNK - 1) // CHUNK):
@@ -88,12 +90,12 @@ cdef inline void exp_run(
         for j in range(CHUNK):
             value[j] = below(source[j], highest)
         for j in range(CHUNK):
-            e[chunk * CHUNK + j] = exponential(value[j], <real>0.0, magic, lowest)
+            e[chunk * CHUNK + j] = exponential(value[j], <real>0.0, magic, lowest, own)
 
 
 cdef inline double exp_block(
     const real* x, Py_ssize_t n, Py_ssize_t skip, real pivot, real magic, real* e,
-    const char* later, Py_ssize_t step,
+    const real* temper, const char* later, Py_ssize_t step,
 ) noexcept nogil:
     """The sum of the exponentials e, that at `skip` being 0.
 
@@ -103,9 +105,11 @@ cdef inline double exp_block(
     cdef real value[CHUNK]
     cdef real rest[CHUNK]
     cdef real holed[CHUNK]
-    cdef real lowest = lowest_of(magic)
+    cdef real own[TEMPER]
+    cdef real lowest = lowest_of(magic, temper)
     cdef const real* source
     cdef Py_ssize_t chunk, i, j, whole = n // CHUNK, hole = -1
+    memcpy(own, temper, sizeof(own))
     pad(x + whole * CHUNK, n - whole * CHUNK, -1, rest)
     if 0 <= skip < n:
         hole = skip // CHUNK
@@ -121,7 +125,7 @@ cdef inline double exp_block(
             source = holed
         fetch(later + chunk * step, step)
         for j in range(CHUNK):
-            value[j] = exponential(source[j], pivot, magic, lowest)
+            value[j] = exponential(source[j], pivot, magic, lowest, own)
         for j in range(CHUNK):
             lane[j] += value[j]
         if chunk < whole:
@@ -134,7 +138,7 @@ cdef inline double exp_block(
 
 cdef inline void top_block(
     const real* x, Py_ssize_t n, real pivot, real magic, real highest, Block* found,
-    const char* later, Py_ssize_t step,
+    const real* temper, const char* later, Py_ssize_t step,
 ) noexcept nogil:
     """The maximum; of the exponentials the largest, and the sum of the others.
 
@@ -145,9 +149,11 @@ cdef inline void top_block(
     cdef real m[CHUNK]
     cdef real value[CHUNK]
     cdef real rest[CHUNK]
-    cdef real lowest = bound(lowest_of(magic)), total
+    cdef real own[TEMPER]
+    cdef real lowest = bound(lowest_of(magic, temper)), total
     cdef const real* source
     cdef Py_ssize_t chunk, j, whole = n // CHUNK
+    memcpy(own, temper, sizeof(own))
     pad(x + whole * CHUNK, n - whole * CHUNK, -1, rest)
     for j in range(CHUNK):
         lane[j] = top[j] = 0
@@ -162,7 +168,7 @@ cdef inline void top_block(
         for j in range(CHUNK):
             value[j] = below(source[j], highest)
         for j in range(CHUNK):
-            value[j] = exponential(value[j], pivot, magic, lowest)
+            value[j] = exponential(value[j], pivot, magic, lowest, own)
         for j in range(CHUNK):
             lane[j] += below(value[j], top[j])
         for j in range(CHUNK):

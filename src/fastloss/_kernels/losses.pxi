@@ -1,16 +1,18 @@
 # The scalar step: from what a row was reduced to, its loss and the coefficients of its gradient.
 
 cdef inline void add_exponentials(
-    Rows* r, Py_ssize_t first, Py_ssize_t n, real unused
+    const Job* job, Rows* r, Py_ssize_t first, Py_ssize_t n, real unused
 ) noexcept nogil:
     """The exponentials of the maximum and of the target, in the units of the sum."""
-    cdef real m, pivot, magic
+    cdef const real* temper = temper_of(job, unused)
+    cdef real m, pivot, magic, lowest
     cdef Py_ssize_t i
     for i in range(first, first + n):
         m = <real>r.maximum[i]
-        pivot, magic = pivot_of(m), magic_of(m)
-        r.top[i] = exponential(m, pivot, magic, lowest_of(magic))
-        r.target_exp[i] = exponential(<real>r.target_logit[i], pivot, magic, lowest_of(magic))
+        pivot, magic = pivot_of(m, temper), magic_of(m, temper)
+        lowest = lowest_of(magic, temper)
+        r.top[i] = exponential(m, pivot, magic, lowest, temper)
+        r.target_exp[i] = exponential(<real>r.target_logit[i], pivot, magic, lowest, temper)
 
 
 cdef inline double power_of_job(const Job* job) noexcept nogil:
@@ -40,13 +42,14 @@ cdef inline void cross_entropy_step(const Job* job, Rows* r, Py_ssize_t n) noexc
     cdef Py_ssize_t i
     for i in range(n):
         b = (1.0 - job.options.label_smoothing) * r.target_weight[i]
-        d = r.target_logit[i] - r.maximum[i]
+        d = (r.target_logit[i] - r.maximum[i]) * job.cooling
         total = r.others[i] + r.target_exp[i]
         inverse = 1.0 / total
         log_sum = log1p((r.others[i] + (r.target_exp[i] - r.top[i])) / r.top[i])
-        lse = r.maximum[i] + log_sum
+        lse = r.maximum[i] * job.cooling + log_sum
         z_slope = 2.0 * job.options.z_loss * lse
-        loss = times(b, log_sum - d) + spread * log_sum + uniform * r.gap[i] + 0.5 * z_slope * lse
+        loss = times(b, log_sum - d) + spread * log_sum
+        loss += uniform * (r.gap[i] * job.cooling) + 0.5 * z_slope * lse
         r.loss[i] = times(r.row_weight[i], loss)
 
         a = b + spread + z_slope
@@ -69,7 +72,8 @@ cdef inline void plain_step(
     for i in range(n):
         weight = r.row_weight[i] * r.target_weight[i]
         log_sum = log1p(<real>(r.others[i] + (r.target_exp[i] - r.top[i])) / <real>r.top[i])
-        r.loss[i] = times(weight, <double>log_sum - (r.target_logit[i] - r.maximum[i]))
+        r.loss[i] = times(
+            weight, <double>log_sum - (r.target_logit[i] - r.maximum[i]) * job.cooling)
         weight *= job.scale
         inverse = 1.0 / (r.others[i] + r.target_exp[i])
         r.factor[i] = times(weight, inverse / power)
@@ -94,7 +98,8 @@ cdef inline void probability_step(
         q[i] = r.others[i] * inverse
         r.factor[i] = inverse / power
         log_sum = log1p(<real>(r.others[i] + (r.target_exp[i] - r.top[i])) / <real>r.top[i])
-        minus_log_p[i] = <double>log_sum - (r.target_logit[i] - r.maximum[i])
+        minus_log_p[i] = <double>log_sum - (
+            r.target_logit[i] - r.maximum[i]) * job.cooling
         # Of a q so small the logarithm is no other number, and might be a subnormal one.
         minus_log_p[i] = q[i] if q[i] < sure else minus_log_p[i]
     if job.options.gamma != 0.0:
@@ -138,8 +143,8 @@ cdef inline void raise_to(
     const real* q, const real* p, Py_ssize_t n, double gamma, real* power
 ) noexcept nogil:
     """q**gamma of probabilities q = 1 - p, by products if there are few."""
-    cdef real magic = magic_of(<real>0.0), log_q, exponent = <real>gamma
-    cdef real most = 1e38 if real is float else 1e308
+    cdef real own[TEMPER]
+    cdef real magic, log_q, exponent = <real>gamma, most = 1e38 if real is float else 1e308
     cdef int whole = <int>gamma if gamma <= 8.0 else 0, j
     cdef Py_ssize_t i
     if whole == gamma:
@@ -149,9 +154,12 @@ cdef inline void raise_to(
             for i in range(n):
                 power[i] *= q[i]
         return
+    memcpy(own, untempered(q[0]), sizeof(own))
+    magic = magic_of(<real>0.0, own)
     for i in range(n):
         log_q = -log1p(below(p[i] / q[i], most))
-        power[i] = exponential(exponent * log_q, <real>0.0, magic, lowest_of(magic))
+        power[i] = exponential(
+            exponent * log_q, <real>0.0, magic, lowest_of(magic, own), own)
         power[i] *= power_of(magic)
 
 
@@ -162,9 +170,9 @@ cdef inline void cross_entropy_soft_step(const Job* job, Rows* r, Py_ssize_t n) 
     for i in range(n):
         mass = r.mass[i] + r.top_mass[i]
         log_sum = log1p(r.others[i] / r.top[i])
-        lse = r.maximum[i] + log_sum
+        lse = r.maximum[i] * job.cooling + log_sum
         z_slope = 2.0 * job.options.z_loss * lse
-        loss = mass * log_sum + r.gap[i] + 0.5 * z_slope * lse
+        loss = mass * log_sum + r.gap[i] * job.cooling + 0.5 * z_slope * lse
         r.loss[i] = times(r.row_weight[i], loss)
 
         total = r.others[i] + r.top[i]

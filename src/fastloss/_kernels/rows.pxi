@@ -113,7 +113,8 @@ cdef inline double exp_row(
 
     Meanwhile the rows that come one unit later are fetched, so that memory is never idle.
     """
-    cdef real pivot = pivot_of(m), magic = magic_of(m)
+    cdef const real* temper = temper_of(job, m)
+    cdef real pivot = pivot_of(m, temper), magic = magic_of(m, temper)
     cdef real* e
     cdef const real* block
     cdef Py_ssize_t size = itemsize(job.storage)
@@ -125,7 +126,7 @@ cdef inline double exp_row(
         n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
         block = load_block(job.storage, x, c, n, scratch)
         e = scratch + BLOCK if kept == NULL else kept + c
-        total += exp_block(block, n, skip - c, pivot, magic, e,
+        total += exp_block(block, n, skip - c, pivot, magic, e, temper,
                            later + c * size, CHUNK * size)
     return total
 
@@ -144,7 +145,8 @@ cdef inline void exp_rows(
         for b in range(blocks_in(run)):
             width = min(run - b * BLOCK, <Py_ssize_t>BLOCK)
             exp_run(load_block(job.storage, x, b * BLOCK, width, scratch), width,
-                    kept + i * C + b * BLOCK, x + (b * BLOCK + ahead) * size, CHUNK * size)
+                    kept + i * C + b * BLOCK, temper_of(job, scratch[0]),
+                    x + (b * BLOCK + ahead) * size, CHUNK * size)
 
 
 cdef inline double sum_row(const Job* job, const real* e) noexcept nogil:
@@ -247,16 +249,18 @@ cdef inline bint are_hopeless(
     const Job* job, Py_ssize_t first, Py_ssize_t n, Rows* r, real* scratch
 ) noexcept nogil:
     """Whether all rows that count need units of their own, by their maxima; asked on suspicion."""
+    cdef const real* temper
     cdef real hopeless
     cdef bint result = True
     cdef Py_ssize_t i
     if not untamed_of(job, scratch)[0] and not is_apart(job):
         return False
-    hopeless = <real>INFINITY if is_apart(job) else hopeless_of(job.num_classes, scratch[0])
+    temper = temper_of(job, scratch[0])
+    hopeless = <real>INFINITY if is_apart(job) else hopeless_of(job.num_classes, temper)
     largest_of_rows(job, first, n, r, scratch)
     for i in range(n):
         r.own[i] = r.row_weight[i] != 0.0
-        result &= (not r.own[i]) | is_hopeless(<real>r.maximum[i], hopeless)
+        result &= (not r.own[i]) | is_hopeless(<real>r.maximum[i], hopeless, temper)
     return result
 
 
@@ -300,24 +304,25 @@ cdef inline void top_of_row(
     cdef const char* x = row_of(job, job.logits, job.storage, row)
     cdef Py_ssize_t b, c, n, size = itemsize(job.storage)
     cdef const char* later = x + min(job.group * job.row_step, <Py_ssize_t>AHEAD) * size
+    cdef const real* temper = temper_of(job, scratch[0])
     cdef real pivot, magic, highest
     cdef Block found
-    units_of_row(<real>r.maximum[i], own, &pivot, &magic, &highest)
+    units_of_row(<real>r.maximum[i], own, temper, &pivot, &magic, &highest)
     begin_top(r, i)
     for b in range(blocks_in(job.num_classes)):
         c = b * BLOCK
         n = min(job.num_classes - c, <Py_ssize_t>BLOCK)
         top_block(load_block(job.storage, x, c, n, scratch), n, pivot, magic, highest, &found,
-                  later + c * size, CHUNK * size)
+                  temper, later + c * size, CHUNK * size)
         join_top(r, i, &found)
 
 
 cdef inline void units_of_row(
-    real m, bint own, real* pivot, real* magic, real* highest
+    real m, bint own, const real* temper, real* pivot, real* magic, real* highest
 ) noexcept nogil:
-    pivot[0] = pivot_of(m) if own else <real>0.0
-    magic[0] = magic_of(m) if own else common_magic(m)
-    highest[0] = <real>INFINITY if own else highest_of(m)
+    pivot[0] = pivot_of(m, temper) if own else <real>0.0
+    magic[0] = magic_of(m, temper) if own else common_magic(m)
+    highest[0] = <real>INFINITY if own else highest_of(temper)
 
 
 cdef inline void begin_top(Rows* r, Py_ssize_t i) noexcept nogil:
@@ -577,7 +582,7 @@ cdef void reduce_row(
             r.top_mass[i] += block.top_mass
     r.target_logit[i] = load_block(job.storage, x, index[i], 1, scratch)[0]
     r.others[i] = exp_row(job, x, index[i], m, kept, scratch)
-    add_exponentials(r, i, 1, m)
+    add_exponentials(job, r, i, 1, m)
 
 
 cdef void gaps_of_block(

@@ -138,7 +138,7 @@ cdef inline void join_in_own_units(Shared* shared, real* scratch) noexcept nogil
             r.top_mass[i] += block.top_mass
         r.target_logit[i] = load_block(
             job.storage, row_of(job, job.logits, job.storage, i), shared.index[i], 1, scratch)[0]
-        add_exponentials(r, i, 1, scratch[0])
+        add_exponentials(job, r, i, 1, scratch[0])
 
 
 cdef inline void join_gaps(Shared* shared) noexcept nogil:
@@ -176,6 +176,7 @@ cdef void take_block(Shared* shared, Py_ssize_t i, Py_ssize_t b, real* scratch) 
     cdef const char* later = row + (c + BLOCK) * size
     cdef const real* x = load_block(job.storage, row, c, n, scratch)
     cdef real* e = scratch + 2 * BLOCK
+    cdef const real* temper = temper_of(job, scratch[0])
     cdef real m = <real>shared.r.maximum[i], pivot, magic, highest
     cdef Block* block = shared.block + place
     if shared.kept != NULL:
@@ -191,10 +192,10 @@ cdef void take_block(Shared* shared, Py_ssize_t i, Py_ssize_t b, real* scratch) 
         if operation == LOG_SOFTMAX_BACKWARD and shared.stage == COMMON_UNITS:
             block.maximum = largest(load_block(job.storage, row, c, n, scratch), n)
     elif is_log(operation):
-        units_of_row(m, shared.stage == OWN_UNITS, &pivot, &magic, &highest)
-        top_block(x, n, pivot, magic, highest, block, later, CHUNK * size)
+        units_of_row(m, shared.stage == OWN_UNITS, temper, &pivot, &magic, &highest)
+        top_block(x, n, pivot, magic, highest, block, temper, later, CHUNK * size)
     elif shared.stage == COMMON_UNITS:
-        exp_run(x, n, e, later, CHUNK * size)
+        exp_run(x, n, e, temper, later, CHUNK * size)
         if c <= shared.index[i] < c + n:
             shared.r.target_exp[i] = e[shared.index[i] - c]
             e[shared.index[i] - c] = 0
@@ -203,8 +204,9 @@ cdef void take_block(Shared* shared, Py_ssize_t i, Py_ssize_t b, real* scratch) 
         block.gap = block.mass = block.top_mass = 0.0
         if has_soft_target(operation):
             gaps_of_block(job, i, b, m, shared.index[i], block, scratch)
-        block.sum = exp_block(x, n, shared.index[i] - c, pivot_of(m), magic_of(m), e, later,
-                              CHUNK * size)
+        block.sum = exp_block(
+            x, n, shared.index[i] - c, pivot_of(m, temper), magic_of(m, temper), e, temper, later,
+            CHUNK * size)
 
 
 cdef inline void write_shared_block(

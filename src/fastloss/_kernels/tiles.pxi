@@ -192,6 +192,7 @@ cdef inline void exp_tile(
     cdef real lowest[LANES]
     cdef real highest[LANES]
     cdef real left_out[LANES]
+    cdef real own[TEMPER]
     cdef real m
     cdef real line[LANES]
     cdef real lane[LANES]
@@ -204,12 +205,11 @@ cdef inline void exp_tile(
         next // job.inner * job.num_classes * job.inner + next % job.inner)
     cdef int32_t c, part, among = parts_of(job)
     cdef Py_ssize_t j
+    memcpy(own, temper_of(job, tile[0]), sizeof(own))
     for j in range(LANES):
         m = <real>r.maximum[j] if r.own[j] else <real>0.0
-        pivot[j] = pivot_of(m)
-        magic[j] = magic_of(m) if r.own[j] else common_magic(m)
-        lowest[j] = lowest_of(magic[j])
-        highest[j] = <real>INFINITY if r.own[j] else highest_of(m)
+        units_of_row(m, r.own[j], own, &pivot[j], &magic[j], &highest[j])
+        lowest[j] = lowest_of(magic[j], own)
         left_out[j] = 0
         hole[j] = index[j]
         lane[j] = 0
@@ -220,7 +220,7 @@ cdef inline void exp_tile(
         fetch(later + c * later_step, LANES * size)
         for j in range(LANES):
             line[j] = exponential(
-                below(tile[c * step + j], highest[j]), pivot[j], magic[j], lowest[j])
+                below(tile[c * step + j], highest[j]), pivot[j], magic[j], lowest[j], own)
         if as_rows:
             part = part_of(job, c, among) * LANES
             for j in range(LANES):
@@ -262,16 +262,18 @@ cdef inline void find_hopeless(
     const Job* job, const real* tile, int32_t* own, Rows* r, const int32_t* untamed
 ) noexcept nogil:
     """The rows that need units of their own, by their maxima; looked for on suspicion."""
+    cdef const real* temper
     cdef real hopeless
     cdef Py_ssize_t j
     for j in range(LANES):
         own[j] = 0
         r.maximum[j] = 0.0
     if untamed[0] or is_apart(job):
-        hopeless = <real>INFINITY if is_apart(job) else hopeless_of(job.num_classes, tile[0])
+        temper = temper_of(job, tile[0])
+        hopeless = <real>INFINITY if is_apart(job) else hopeless_of(job.num_classes, temper)
         take_maxima(job, tile, r)
         for j in range(LANES):
-            own[j] = is_hopeless(<real>r.maximum[j], hopeless)
+            own[j] = is_hopeless(<real>r.maximum[j], hopeless, temper)
     for j in range(LANES):
         r.own[j] = own[j]
 
@@ -334,6 +336,7 @@ cdef inline void top_of_tile(
     cdef real line[LANES]
     cdef real others[CHUNK * LANES]
     cdef real top[CHUNK * LANES]
+    cdef real own[TEMPER]
     cdef real t
     cdef Py_ssize_t size = itemsize(job.storage), step = job.step, next = first + job.group
     cdef Py_ssize_t later_step = (LANES if job.inner == 1 else job.inner) * size
@@ -341,9 +344,10 @@ cdef inline void top_of_tile(
         next // job.inner * job.num_classes * job.inner + next % job.inner)
     cdef int32_t c, part, half = parts_of(job)
     cdef Py_ssize_t j
+    memcpy(own, temper_of(job, tile[0]), sizeof(own))
     for j in range(LANES):
-        units_of_row(<real>r.maximum[j], r.own[j], &pivot[j], &magic[j], &highest[j])
-        lowest[j] = lowest_of(magic[j])
+        units_of_row(<real>r.maximum[j], r.own[j], own, &pivot[j], &magic[j], &highest[j])
+        lowest[j] = lowest_of(magic[j], own)
         m[j] = <real>-INFINITY
     memset(others, 0, half * LANES * sizeof(real))
     memset(top, 0, half * LANES * sizeof(real))
@@ -352,7 +356,7 @@ cdef inline void top_of_tile(
         part = part_of(job, c, half) * LANES
         for j in range(LANES):
             line[j] = exponential(
-                below(tile[c * step + j], highest[j]), pivot[j], magic[j], lowest[j])
+                below(tile[c * step + j], highest[j]), pivot[j], magic[j], lowest[j], own)
         for j in range(LANES):
             m[j] = above(tile[c * step + j], m[j])
         for j in range(LANES):
@@ -477,7 +481,7 @@ cdef inline void exp_tile_from_maximum(
         r.maximum[j] = maximum[j]
         r.own[j] = 1
     exp_tile(job, first, tile, index, e, False, r)
-    add_exponentials(r, 0, LANES, tile[0])
+    add_exponentials(job, r, 0, LANES, tile[0])
 
 
 cdef inline void exp_tile_from_target(
@@ -497,18 +501,20 @@ cdef inline void exp_tile_from_target(
         r.maximum[j] = r.maximum[j] if r.own[j] else r.target_logit[j]
         r.top[j] = r.target_exp[j]
     if untamed:
-        take_tops(r, tile[0])
+        take_tops(job, r, tile[0])
 
 
-cdef inline void take_tops(Rows* r, real unused) noexcept nogil:
+cdef inline void take_tops(const Job* job, Rows* r, real unused) noexcept nogil:
     """The exponentials of the maxima, of lanes with units of their own."""
+    cdef const real* temper = temper_of(job, unused)
     cdef real m, magic
     cdef Py_ssize_t j
     for j in range(LANES):
         if r.own[j]:
             m = <real>r.maximum[j]
-            magic = magic_of(m)
-            r.top[j] = exponential(m, pivot_of(m), magic, lowest_of(magic))
+            magic = magic_of(m, temper)
+            r.top[j] = exponential(
+                m, pivot_of(m, temper), magic, lowest_of(magic, temper), temper)
 
 
 cdef inline void gaps_of_tile(const Job* job, const real* tile, Rows* r) noexcept nogil:

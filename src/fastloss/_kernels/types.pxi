@@ -114,6 +114,7 @@ cdef struct Options:
     double z_loss
     double gamma
     double epsilon
+    double temperature
 
 
 cdef struct Job:
@@ -134,6 +135,8 @@ cdef struct Job:
     double largest_weight  # in magnitude; 1 without weights
     double weight_sum
     const double* sample_weight
+    const void* temper  # what exponentials are computed with; NULL at a temperature of 1
+    double cooling  # 1 / temperature
     Options options
     double scale
     # What decides, with its exponentials, whether a row is taken in common units (find_untamed):

@@ -6,13 +6,37 @@ maximum: a power of two as the reference costs nothing and rounds nothing, where
 would round.  The shift, 32 or 64, keeps what may still come out as a subnormal result a normal
 number.  Rows whose maximum is large use x - maximum, which is exact there for all classes that
 are not negligible.
+
+At a temperature T it is exp(x / T), 2**n exp(r / T) with n the nearest to x / (T ln 2), and costs
+as much: only the numbers of `temper` are others, see ``_temper``.
 """
 
 import numpy as np
 from numba import types
 
+from fastloss import _temper
 from fastloss._numba.jit import fused, inline, typed, typed_fused
 from fastloss._numba.machine import HAS_F16C, convert_half
+
+_LOG2E, _MINUS_HIGH, _MINUS_LOW = _temper.LOG2E, _temper.MINUS_HIGH, _temper.MINUS_LOW
+_LN2, _TEMPERATURE, _SERIES = _temper.LN2, _temper.TEMPERATURE, _temper.SERIES
+_UNTEMPERED_32 = tuple(_temper.temper(1.0, np.dtype(np.float32)))
+_UNTEMPERED_64 = tuple(_temper.temper(1.0, np.dtype(np.float64)))
+
+
+@typed
+def untempered(like):
+    """What exponentials are computed with at a temperature of 1, in the type of an array."""
+    if like.dtype == types.float32:
+        return lambda like: _UNTEMPERED_32
+    return lambda like: _UNTEMPERED_64
+
+
+@typed
+def temper_of(plan, like):
+    if plan.types[-1] == types.none:
+        return lambda plan, like: untempered(like)
+    return lambda plan, like: plan.temper
 
 
 @inline
@@ -34,37 +58,37 @@ def power_of(numbers):
 
 
 @typed
-def pivot_of(maximum):
+def pivot_of(maximum, temper):
     """What is taken off x: 0, or the maximum where that is large (or inf: then all is NaN)."""
     limit, zero = (np.float32(256), np.float32(0)) if maximum == types.float32 else (2048.0, 0.0)
-    return lambda maximum: zero if abs(maximum) < limit else maximum
+    return lambda maximum, temper: zero if abs(maximum) < limit * temper[_TEMPERATURE] else maximum
 
 
 @typed
-def magic_of(maximum):
-    """A number to which x / ln 2 is added: that rounds it, and leaves n - N in the low bits.
+def magic_of(maximum, temper):
+    """A number to which x / (T ln 2) is added: that rounds it, and leaves n - N in the low bits.
 
     Not fused: whatever the compiler makes of the caller, all callers must come to the same N.
     """
 
-    def magic_of_32(maximum):
-        x = maximum if pivot_of(maximum) == np.float32(0) else np.float32(0)
+    def magic_of_32(maximum, temper):
+        x = maximum if pivot_of(maximum, temper) == np.float32(0) else np.float32(0)
         # Adding 1.5 * 2**23 rounds to an integer.
-        shifted = x * np.float32(1.44269504) + np.float32(12582912.0)
+        shifted = x * temper[_LOG2E] + np.float32(12582912.0)
         return np.float32(12582912.0 + 127 + 32) - (shifted - np.float32(12582912.0))
 
-    def magic_of_64(maximum):
-        x = maximum if pivot_of(maximum) == 0.0 else 0.0
-        shifted = x * 1.4426950408889634 + 6755399441055744.0  # 1.5 * 2**52
+    def magic_of_64(maximum, temper):
+        x = maximum if pivot_of(maximum, temper) == 0.0 else 0.0
+        shifted = x * temper[_LOG2E] + 6755399441055744.0  # 1.5 * 2**52
         return (6755399441055744.0 + 1023 + 64) - (shifted - 6755399441055744.0)
 
     return magic_of_32 if maximum == types.float32 else magic_of_64
 
 
 @inline
-def highest_of(numbers):
+def highest_of(numbers, temper):
     """What common units take larger scores for: enough for a sum to be told by."""
-    return numbers.dtype.type(44.0 if numbers.itemsize == 4 else 340.0)
+    return numbers.dtype.type(44.0 if numbers.itemsize == 4 else 340.0) * temper[_TEMPERATURE]
 
 
 @inline
@@ -92,53 +116,53 @@ def in_common_units(total, least, weight, numbers):
 
 
 @typed
-def lowest_of(magic):
+def lowest_of(magic, temper):
     """The x whose n - N is the exponent of 0."""
     if magic == types.float32:
-        return lambda magic: (np.float32(12582912.0) - magic) * np.float32(0.693147181)
-    return lambda magic: (6755399441055744.0 - magic) * 0.69314718055994531
+        return lambda magic, temper: (np.float32(12582912.0) - magic) * temper[_LN2]
+    return lambda magic, temper: (6755399441055744.0 - magic) * temper[_LN2]
 
 
 @typed_fused
-def exponential(x, pivot, magic, lowest):
-    """2**(shift - N) * exp(x - pivot); 0 where that is negligible; NaN for NaN."""
+def exponential(x, pivot, magic, lowest, temper):
+    """2**(shift - N) * exp((x - pivot) / T); 0 where that is negligible; NaN for NaN."""
     return _exponential_32 if x == types.float32 else _exponential_64
 
 
-def _exponential_32(x, pivot, magic, lowest):
+def _exponential_32(x, pivot, magic, lowest, temper):
     d = x - pivot
     d = lowest if d < lowest else d
-    shifted = d * np.float32(1.44269504) + magic
+    shifted = d * temper[_LOG2E] + magic
     n = shifted - magic
-    r = n * np.float32(-0.693145751953125) + d
-    r = n * np.float32(-1.42860682e-6) + r
-    p = np.float32(0.00131687098951) * r + np.float32(0.00835358145597)
-    p = p * r + np.float32(0.0416763574161)
-    p = p * r + np.float32(0.166667094605)
-    p = p * r + np.float32(0.499999918849)
-    p = p * r + np.float32(1.0)
+    r = n * temper[_MINUS_HIGH] + d
+    r = n * temper[_MINUS_LOW] + r
+    p = temper[_SERIES + 5] * r + temper[_SERIES + 4]
+    p = p * r + temper[_SERIES + 3]
+    p = p * r + temper[_SERIES + 2]
+    p = p * r + temper[_SERIES + 1]
+    p = p * r + temper[_SERIES]
     p = p * r + np.float32(1.0)
     # A product, not a sum of exponents: NaN stays NaN.
     return p * np.uint32(np.float32(shifted).view(np.uint32) << np.uint32(23)).view(np.float32)
 
 
-def _exponential_64(x, pivot, magic, lowest):
+def _exponential_64(x, pivot, magic, lowest, temper):
     d = x - pivot
     d = lowest if d < lowest else d
-    shifted = d * 1.4426950408889634 + magic
+    shifted = d * temper[_LOG2E] + magic
     n = shifted - magic
-    r = n * -6.93147180369123816490e-01 + d
-    r = n * -1.90821492927058770002e-10 + r
-    p = 2.5110047135431713555e-8 * r + 2.7632652169579558723e-7
-    p = p * r + 2.7557242344003567523e-6
-    p = p * r + 0.000024801487335535663603
-    p = p * r + 0.00019841269886584525699
-    p = p * r + 0.0013888888947812472924
-    p = p * r + 0.0083333333333222094146
-    p = p * r + 0.041666666666522018292
-    p = p * r + 0.16666666666666674528
-    p = p * r + 0.50000000000000102221
-    p = p * r + 1.0
+    r = n * temper[_MINUS_HIGH] + d
+    r = n * temper[_MINUS_LOW] + r
+    p = temper[_SERIES + 10] * r + temper[_SERIES + 9]
+    p = p * r + temper[_SERIES + 8]
+    p = p * r + temper[_SERIES + 7]
+    p = p * r + temper[_SERIES + 6]
+    p = p * r + temper[_SERIES + 5]
+    p = p * r + temper[_SERIES + 4]
+    p = p * r + temper[_SERIES + 3]
+    p = p * r + temper[_SERIES + 2]
+    p = p * r + temper[_SERIES + 1]
+    p = p * r + temper[_SERIES]
     p = p * r + 1.0
     return p * np.uint64(np.float64(shifted).view(np.uint64) << np.uint64(52)).view(np.float64)
 

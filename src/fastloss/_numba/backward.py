@@ -12,6 +12,7 @@ from fastloss._numba.arithmetic import (
     power_of,
     subtract_product,
     tiny_of,
+    untempered,
 )
 from fastloss._numba.blocks import dot_block, largest, sum_block
 from fastloss._numba.jit import inline
@@ -80,9 +81,11 @@ def backward_block(g, p, start, c, huge, maximum, total, to, plan, buffer, line)
     log_probs = plan.operation == LOG_SOFTMAX_BACKWARD
     upstream = load_block(g, start + c, n, buffer, plan.storage)
     forward = load_block(p, start + c, n, line, plan.storage)
-    m = reference_above(real(maximum if log_probs else 0.0), buffer)
-    pivot, magic = pivot_of(m), magic_of(m)
-    lowest, unit = lowest_of(magic), unit_of(m)
+    m, temper = (
+        reference_above(real(maximum if log_probs else 0.0), buffer), untempered(buffer)
+    )  # fmt: skip
+    pivot, magic = pivot_of(m, temper), magic_of(m, temper)
+    lowest, unit = lowest_of(magic, temper), unit_of(m, temper)
     if huge:
         huge_difference(upstream, forward, to, 1, n, pivot, magic, lowest, unit, total, log_probs)
     elif log_probs:
@@ -101,8 +104,9 @@ def softmax_vjp(g, p, total, to):
 
 @inline
 def log_softmax_vjp(g, log_p, pivot, magic, lowest, shrink, total, to):
+    temper = untempered(to)
     for i in range(to.size):
-        e = exponential(log_p[i], pivot, magic, lowest)
+        e = exponential(log_p[i], pivot, magic, lowest, temper)
         to[i] = subtract_product(e * shrink, total, g[i])
 
 
@@ -169,10 +173,11 @@ def finish_run(g, p, f, log_probs):
     """The result, in place of the factor of each row."""
     if log_probs:
         zero = f.dtype.type(0)
-        magic = magic_of(zero)
-        lowest = lowest_of(magic)
+        temper = untempered(f)
+        magic = magic_of(zero, temper)
+        lowest = lowest_of(magic, temper)
         for i in range(f.size):
-            f[i] = subtract_product(exponential(p[i], zero, magic, lowest), f[i], g[i])
+            f[i] = subtract_product(exponential(p[i], zero, magic, lowest, temper), f[i], g[i])
     else:
         for i in range(f.size):
             f[i] = p[i] * (g[i] - f[i])
@@ -184,7 +189,7 @@ def backward_tile(tile, upstreams, r, plan):
     log_probs = plan.operation == LOG_SOFTMAX_BACKWARD
     pivot, magic, lowest = lanes(tile), lanes(tile), lanes(tile)
     parts, f, shrink = eight_lanes(tile), lanes(tile), lanes(tile)
-    real = tile.dtype.type
+    real, temper = tile.dtype.type, untempered(tile)
     for j in range(LANES):
         r[OTHERS + j] = 0.0
     for j in range(EIGHT * LANES):
@@ -204,8 +209,8 @@ def backward_tile(tile, upstreams, r, plan):
         largest_in_lanes(tile, r, plan)
     for j in range(LANES):
         m = reference_above(real(r[MAXIMUM + j] if log_probs else 0.0), tile)
-        pivot[j], magic[j] = pivot_of(m), magic_of(m)
-        lowest[j], unit = lowest_of(magic[j]), unit_of(m)
+        pivot[j], magic[j] = pivot_of(m, temper), magic_of(m, temper)
+        lowest[j], unit = lowest_of(magic[j], temper), unit_of(m, temper)
         total = r[OTHERS + j]
         if is_huge(total, tile):
             # The result takes the place of g, and what follows leaves that alone.
@@ -226,7 +231,7 @@ def backward_tile(tile, upstreams, r, plan):
         upstream = upstreams[c * step : c * step + LANES]
         if log_probs:
             for j in range(LANES):
-                e = exponential(forward[j], pivot[j], magic[j], lowest[j])
+                e = exponential(forward[j], pivot[j], magic[j], lowest[j], temper)
                 forward[j] = subtract_product(e * shrink[j], f[j], upstream[j])
         else:
             for j in range(LANES):
@@ -236,14 +241,15 @@ def backward_tile(tile, upstreams, r, plan):
 @inline
 def reference_above(maximum, like):
     """Log-probabilities are at most 0, but the formulas hold for any: a reference for all."""
-    return maximum if maximum > highest_of(like) else like.dtype.type(0)
+    return maximum if maximum > highest_of(like, untempered(like)) else like.dtype.type(0)
 
 
 @inline
-def unit_of(m):
+def unit_of(m, temper):
     """What an exponential with reference m is multiplied by to give exp(x)."""
-    magic = magic_of(m)
-    return np.exp(np.float64(m)) / np.float64(exponential(m, pivot_of(m), magic, lowest_of(magic)))
+    pivot, magic = pivot_of(m, temper), magic_of(m, temper)
+    e = exponential(m, pivot, magic, lowest_of(magic, temper), temper)
+    return np.exp(np.float64(m)) / np.float64(e)
 
 
 @inline
@@ -279,7 +285,7 @@ def huge_difference(g, forward, to, step, n, pivot, magic, lowest, unit, total, 
     for i in range(n):
         value = HUGE_UNIT * np.float64(g[i * step])
         if log_probs:
-            e = exponential(forward[i * step], pivot, magic, lowest)
+            e = exponential(forward[i * step], pivot, magic, lowest, untempered(to))
             value -= unit * np.float64(e) * total
         else:
             value = np.float64(forward[i * step]) * (value - total)

@@ -13,6 +13,7 @@ from fastloss._numba.arithmetic import (
     magic_of,
     power_of,
     times,
+    untempered,
 )
 from fastloss._numba.blocks import fold
 from fastloss._numba.jit import inline
@@ -75,12 +76,13 @@ def sigmoid_chunk(x, large, small, log):
     """
     real = x.dtype.type
     zero, one, tiny = real(0), real(1), real(1e-17)
-    magic = magic_of(zero)
-    lowest, power = lowest_of(magic), power_of(x)
+    temper = untempered(x)
+    magic = magic_of(zero, temper)
+    lowest, power = lowest_of(magic, temper), power_of(x)
     unit = one / power
     e = lanes(x)
     for j in range(CHUNK):
-        e[j] = exponential(x[j] if x[j] < zero else -x[j], zero, magic, lowest)
+        e[j] = exponential(x[j] if x[j] < zero else -x[j], zero, magic, lowest, temper)
     for j in range(CHUNK):
         log[j] = log1p(power * e[j])
     for j in range(CHUNK):

@@ -116,13 +116,13 @@ def above(x, least):
 
 
 @inline
-def exp_run(x, e, later, start):
+def exp_run(x, e, temper, later, start):
     """The exponentials e in common units, wherever rows end.
 
     e has room for whole chunks.  Meanwhile memory is fetched, as in exp_block.
     """
     magic = common_magic(e)
-    lowest, highest, zero = lowest_of(magic), highest_of(e), e.dtype.type(0)
+    lowest, highest, zero = lowest_of(magic, temper), highest_of(e, temper), e.dtype.type(0)
     value = lanes(e)
     rest = lanes(e)
     whole = x.size // CHUNK
@@ -140,16 +140,16 @@ def exp_run(x, e, later, start):
                 value[j] = below(source[j], highest)
         to = e[i : i + CHUNK]
         for j in range(CHUNK):
-            to[j] = exponential(value[j], zero, magic, lowest)
+            to[j] = exponential(value[j], zero, magic, lowest, temper)
 
 
 @inline
-def exp_block(x, skip, pivot, magic, e, later, start):
+def exp_block(x, skip, pivot, magic, e, temper, later, start):
     """The sum of the exponentials e, that at skip being 0.
 
     Meanwhile the array `later` is fetched from index start on.
     """
-    lowest = lowest_of(magic)
+    lowest = lowest_of(magic, temper)
     lane, value = lanes(e), lanes(e)
     whole, hole = x.size // CHUNK, skip // CHUNK
     for j in range(CHUNK):
@@ -160,13 +160,13 @@ def exp_block(x, skip, pivot, magic, e, later, start):
         if chunk < whole and chunk != hole:  # at once to where they go: copies become scalars
             source, to = x[i : i + CHUNK], e[i : i + CHUNK]
             for j in range(CHUNK):
-                to[j] = exponential(source[j], pivot, magic, lowest)
+                to[j] = exponential(source[j], pivot, magic, lowest, temper)
             for j in range(CHUNK):
                 lane[j] += to[j]
         else:
             pad(x[i:], skip - i, value)
             for j in range(CHUNK):
-                value[j] = exponential(value[j], pivot, magic, lowest)
+                value[j] = exponential(value[j], pivot, magic, lowest, temper)
             for j in range(CHUNK):
                 lane[j] += value[j]
             for j in range(min(CHUNK, x.size - i)):
@@ -175,12 +175,12 @@ def exp_block(x, skip, pivot, magic, e, later, start):
 
 
 @inline
-def top_block(x, pivot, magic, highest, later, start):
+def top_block(x, pivot, magic, highest, temper, later, start):
     """The maximum; of the exponentials the largest, and the sum of the others.
 
     Meanwhile memory is fetched, as in exp_block.
     """
-    lowest = lowest_of(magic)
+    lowest = lowest_of(magic, temper)
     lane, top, m, value, rest = lanes(x), lanes(x), lanes(x), lanes(x), lanes(x)
     whole = x.size // CHUNK
     pad(x[whole * CHUNK :], -1, rest)
@@ -201,7 +201,7 @@ def top_block(x, pivot, magic, highest, later, start):
         for j in range(CHUNK):
             m[j] = above(value[j], m[j])
         for j in range(CHUNK):
-            value[j] = exponential(below(value[j], highest), pivot, magic, lowest)
+            value[j] = exponential(below(value[j], highest), pivot, magic, lowest, temper)
         for j in range(CHUNK):
             lane[j] += below(value[j], top[j])
         for j in range(CHUNK):

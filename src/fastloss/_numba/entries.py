@@ -9,7 +9,7 @@ import numba
 import numpy as np
 from numba import prange, types
 
-from fastloss import _threads
+from fastloss import _temper, _threads
 from fastloss._contract import Labels, Options, TargetCheck
 from fastloss._numba.backward import backward_rows, backward_run, backward_tile
 from fastloss._numba.binary import PART, PARTS, binary_numbers, binary_unit
@@ -155,6 +155,9 @@ def small_loss(share, x, target, kind, out, plan, ignore_index, scale):
     return total
 
 
+_OPTIONS = len(Options._fields)
+
+
 @inline
 def share_of(units, thread, threads):
     return range(units * thread // threads, units * (thread + 1) // threads)
@@ -180,7 +183,15 @@ def options_of(options):
     """Options by name again."""
     if options == types.none:
         return lambda options: None
-    return lambda options: Options(*options)
+    return lambda options: Options(*options[:_OPTIONS])
+
+
+@typed
+def plan_of_share(plan, options):
+    """The plan by name, with what exponentials are computed with, which comes with the options."""
+    if options == types.none:
+        return lambda plan, options: Plan(*plan)
+    return lambda plan, options: Plan(*plan[:-1], options[_OPTIONS:])
 
 
 @spliced
@@ -342,7 +353,7 @@ def cross_entropy_share(
 ):  # fmt: skip
     """Of indices, or of soft targets: the other is None; so are options where they are plain."""
     mode = set_float_mode(IEEE)
-    plan = Plan(*plan)
+    plan = plan_of_share(plan, options)
     given = options_of(options)
     x, out, soft_scores = borrow(x), borrow(out), borrow(soft)
     r = from_line(own_of(fields, thread), FIELDS + plan.carries)
@@ -443,8 +454,8 @@ def shared_share(
     mode = set_float_mode(IEEE)
     given = options_of(options)
     shared = shared_of(
-        x, out, fields, found, kept, Plan(*plan), relative_weight, largest_weight, scale,
-        tame_scale, scratch, thread,
+        x, out, fields, found, kept, plan_of_share(plan, options), relative_weight, largest_weight,
+        scale, tame_scale, scratch, thread,
     )  # fmt: skip
     soft_scores = borrow(soft)
     if not blocks:
@@ -650,7 +661,11 @@ def cross_entropy(logits, labels, options, scale, losses, grad, num_threads):
         target, soft = _integers(labels.target), None
         plan, units, threads = plan_of(CROSS_ENTROPY, logits, grad, num_threads)
     x = _flat(logits)
-    given = None if is_plain(options) and not labels.soft else tuple(options)
+    given = None
+    if labels.soft or not is_plain(options):
+        real = np.dtype(_compute_dtype(logits))
+        given = (*options, *_temper.temper(options.temperature, real))
+    scale /= options.temperature  # gradients are those of x, and not of x / T
     weight_sum = float(plan.num_classes if labels.weight is None else labels.weight.sum())
     partial = np.empty(-(-plan.rows // plan.summed))
     arguments = (

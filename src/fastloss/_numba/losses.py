@@ -14,7 +14,9 @@ from fastloss._numba.arithmetic import (
     magic_of,
     pivot_of,
     power_of,
+    temper_of,
     times,
+    untempered,
 )
 from fastloss._numba.jit import inline, typed
 from fastloss._numba.machine import lanes, sum_lanes
@@ -67,14 +69,15 @@ def least_rest_of(options, like):
 
 
 @inline
-def add_exponentials(r, n, like):
+def add_exponentials(r, n, like, plan):
     """The exponentials of the maximum and of the target, in the units of the sum."""
-    real = like.dtype.type
+    real, temper = like.dtype.type, temper_of(plan, like)
     for i in range(n):
         m = real(r[MAXIMUM + i])
-        pivot, magic = pivot_of(m), magic_of(m)
-        r[TOP + i] = exponential(m, pivot, magic, lowest_of(magic))
-        r[TARGET_EXP + i] = exponential(real(r[TARGET_LOGIT + i]), pivot, magic, lowest_of(magic))
+        pivot, magic = pivot_of(m, temper), magic_of(m, temper)
+        lowest = lowest_of(magic, temper)
+        r[TOP + i] = exponential(m, pivot, magic, lowest, temper)
+        r[TARGET_EXP + i] = exponential(real(r[TARGET_LOGIT + i]), pivot, magic, lowest, temper)
 
 
 @inline
@@ -94,18 +97,19 @@ def cross_entropy_step(r, n, num_classes, options, scale, weight_sum, like):
     power = np.float64(power_of(like))
     target_share = 1.0 - options.label_smoothing
     uniform = options.label_smoothing / num_classes
-    spread = uniform * weight_sum
+    spread, cooling = uniform * weight_sum, 1.0 / options.temperature
     for i in range(n):
         row_weight = r[ROW_WEIGHT + i]
         others = r[OTHERS + i]
         b = target_share * r[TARGET_WEIGHT + i]
-        d = r[TARGET_LOGIT + i] - r[MAXIMUM + i]
+        d = (r[TARGET_LOGIT + i] - r[MAXIMUM + i]) * cooling
         total = others + r[TARGET_EXP + i]
         inverse = 1.0 / total
         log_sum = log1p((others + (r[TARGET_EXP + i] - r[TOP + i])) / r[TOP + i])
-        lse = r[MAXIMUM + i] + log_sum
+        lse = r[MAXIMUM + i] * cooling + log_sum
         z_slope = 2.0 * options.z_loss * lse
-        loss = times(b, log_sum - d) + spread * log_sum + uniform * r[GAP + i] + 0.5 * z_slope * lse
+        loss = times(b, log_sum - d) + spread * log_sum
+        loss += uniform * (r[GAP + i] * cooling) + 0.5 * z_slope * lse
         r[LOSS + i] = times(row_weight, loss)
 
         a = b + spread + z_slope
@@ -147,7 +151,7 @@ def probability_step(r, n, options, scale, like):
     """A loss phi(log p) of the target's probability p: the gradient is -phi' times plain_step's."""
     unit = 1.0 / np.float64(power_of(like))
     ratio, top = lanes(like), lanes(like)
-    sure = 1e-8 if like.itemsize == 4 else 1e-16
+    sure, cooling = 1e-8 if like.itemsize == 4 else 1e-16, 1.0 / options.temperature
     p, q, minus_log_p = lanes(r), lanes(r), lanes(r)
     phi, slope = lanes(r), lanes(r)
     for i in range(n):
@@ -160,7 +164,7 @@ def probability_step(r, n, options, scale, like):
         p[i] = r[TARGET_EXP + i] * inverse
         q[i] = r[OTHERS + i] * inverse
         r[FACTOR + i] = inverse * unit
-        log_p = (r[TARGET_LOGIT + i] - r[MAXIMUM + i]) - np.float64(ratio[i])
+        log_p = (r[TARGET_LOGIT + i] - r[MAXIMUM + i]) * cooling - np.float64(ratio[i])
         # Of a q so small the logarithm is no other number, and might be a subnormal one.
         minus_log_p[i] = q[i] if q[i] < sure else -log_p
     if options.gamma != 0.0:
@@ -206,24 +210,26 @@ def raise_to(q, p, n, gamma, power):
             for i in range(n):
                 power[i] *= q[i]
         return
-    magic = magic_of(zero)
+    temper = untempered(q)
+    magic = magic_of(zero, temper)
+    lowest = lowest_of(magic, temper)
     for i in range(n):
         ratio = p[i] / q[i]
         log_q = -log1p(most if ratio > most else ratio)
-        power[i] = exponential(exponent * log_q, zero, magic, lowest_of(magic)) * power_of(q)
+        power[i] = exponential(exponent * log_q, zero, magic, lowest, temper) * power_of(q)
 
 
 @inline
 def cross_entropy_soft_step(r, n, options, scale, like):
-    power = np.float64(power_of(like))
+    power, cooling = np.float64(power_of(like)), 1.0 / options.temperature
     for i in range(n):
         row_weight = r[ROW_WEIGHT + i]
         others = r[OTHERS + i]
         mass = r[MASS + i] + r[TOP_MASS + i]
         log_sum = log1p(others / r[TOP + i])
-        lse = r[MAXIMUM + i] + log_sum
+        lse = r[MAXIMUM + i] * cooling + log_sum
         z_slope = 2.0 * options.z_loss * lse
-        loss = mass * log_sum + r[GAP + i] + 0.5 * z_slope * lse
+        loss = mass * log_sum + r[GAP + i] * cooling + 0.5 * z_slope * lse
         r[LOSS + i] = times(row_weight, loss)
 
         inverse = 1.0 / (others + r[TOP + i])

@@ -18,6 +18,7 @@ from fastloss._numba.arithmetic import (
     magic_of,
     pivot_of,
     power_of,
+    temper_of,
     tiny_of,
 )
 from fastloss._numba.blocks import (
@@ -144,13 +145,14 @@ def exp_row(x, start, skip, maximum, keep, kept, plan, buffer, line, ahead):
     Meanwhile what comes `ahead` elements later is fetched, so that memory is never idle.
     """
     m = buffer.dtype.type(maximum)
-    pivot, magic = pivot_of(m), magic_of(m)
+    temper = temper_of(plan, buffer)
+    pivot, magic = pivot_of(m, temper), magic_of(m, temper)
     total = 0.0
     for c in range(0, plan.num_classes, BLOCK):
         n = min(BLOCK, plan.num_classes - c)
         block = load_block(x, start + c, n, buffer, plan.storage)
         e = kept[c:] if keep else line
-        total += exp_block(block, skip - c, pivot, magic, e, x, start + c + ahead)
+        total += exp_block(block, skip - c, pivot, magic, e, temper, x, start + c + ahead)
     return total
 
 
@@ -158,6 +160,7 @@ def exp_row(x, start, skip, maximum, keep, kept, plan, buffer, line, ahead):
 def exp_rows(x, kept, first, n, plan, buffer, ahead):
     """Exponentials in common units.  Memory is fetched as in exp_row."""
     # Rows that lie next to each other are one run.
+    temper = temper_of(plan, buffer)
     runs, run = (1, n * plan.num_classes)
     if plan.row_step != plan.num_classes:
         runs, run = n, plan.num_classes
@@ -165,7 +168,7 @@ def exp_rows(x, kept, first, n, plan, buffer, ahead):
         start = (first + i) * plan.row_step
         for c in range(0, run, BLOCK):
             block = load_block(x, start + c, min(BLOCK, run - c), buffer, plan.storage)
-            exp_run(block, kept[i * run + c :], x, start + c + ahead)
+            exp_run(block, kept[i * run + c :], temper, x, start + c + ahead)
 
 
 @inline
@@ -342,19 +345,20 @@ def divide_rows(out, r, kept, scaled, first, n, plan):
 def top_of_row(x, r, i, start, own, plan, buffer, ahead):
     """The maximum, its exponential, and the sum of the others; in common units, or, if own, in
     those of the maximum, which is known then."""
-    pivot, magic, highest = units_of_row(buffer.dtype.type(r[MAXIMUM + i]), own, buffer)
+    temper = temper_of(plan, buffer)
+    pivot, magic, highest = units_of_row(buffer.dtype.type(r[MAXIMUM + i]), own, buffer, temper)
     begin_top(r, i)
     for c in range(0, plan.num_classes, BLOCK):
         block = load_block(x, start + c, min(BLOCK, plan.num_classes - c), buffer, plan.storage)
-        maximum, top, others = top_block(block, pivot, magic, highest, x, start + c + ahead)
+        maximum, top, others = top_block(block, pivot, magic, highest, temper, x, start + c + ahead)
         join_top(r, i, maximum, top, others)
 
 
 @inline
-def units_of_row(m, own, like):
+def units_of_row(m, own, like, temper):
     if own:
-        return pivot_of(m), magic_of(m), like.dtype.type(np.inf)
-    return like.dtype.type(0), common_magic(like), highest_of(like)
+        return pivot_of(m, temper), magic_of(m, temper), like.dtype.type(np.inf)
+    return like.dtype.type(0), common_magic(like), highest_of(like, temper)
 
 
 @inline
@@ -599,7 +603,7 @@ def reduce_row(
             r[TOP_MASS + i] += top_mass
     r[TARGET_LOGIT + i] = load_one(x, start + index, plan.storage)
     r[OTHERS + i] = exp_row(x, start, index, m, True, kept, plan, buffer, line, ahead)
-    add_exponentials(r[i:], 1, buffer)
+    add_exponentials(r[i:], 1, buffer, plan)
 
 
 @inline

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from fastloss._numba.arithmetic import magic_of, pivot_of, power_of
+from fastloss._numba.arithmetic import magic_of, pivot_of, power_of, temper_of
 from fastloss._numba.backward import backward_block, is_huge, terms_of_block
 from fastloss._numba.blocks import (
     exp_block,
@@ -241,7 +241,7 @@ def join_in_own_units(shared):
         r[TOP_MASS + i] = sum_of_blocks(shared, TOP_MASS_SUM, i)
         place = i * plan.num_classes + int(r[INDEX + i])
         r[TARGET_LOGIT + i] = load_one(shared.x, place, plan.storage)
-        add_exponentials(r[i:], 1, shared.buffer)
+        add_exponentials(r[i:], 1, shared.buffer, plan)
 
 
 @inline
@@ -283,6 +283,7 @@ def take_block(stage, shared, soft, options, losses, place):
     if shared.kept.size:
         e = shared.kept[place * BLOCK : (place + 1) * BLOCK]
     x = load_block(shared.x, start + c, n, buffer, plan.storage)
+    temper = temper_of(plan, buffer)
     if stage == WRITE:
         write_shared_block(shared, soft, options, losses, i, c, x, e[:n])
     elif stage == MAXIMA:
@@ -293,12 +294,12 @@ def take_block(stage, shared, soft, options, losses, place):
         )
     elif is_log(plan.operation):
         m = buffer.dtype.type(r[MAXIMUM + i])
-        units = units_of_row(m, stage == OWN_UNITS, buffer)
+        units = units_of_row(m, stage == OWN_UNITS, buffer, temper)
         found[HIGHEST, place], found[TOPS, place], found[SUM, place] = top_block(
-            x, *units, shared.x, start + c + BLOCK
+            x, *units, temper, shared.x, start + c + BLOCK
         )
     elif stage == COMMON_UNITS:
-        exp_run(x, e, shared.x, start + c + BLOCK)
+        exp_run(x, e, temper, shared.x, start + c + BLOCK)
         if 0 <= index < n:
             r[TARGET_EXP + i] = e[index]
             e[index] = 0
@@ -313,7 +314,14 @@ def take_block(stage, shared, soft, options, losses, place):
             found[GAP_SUM, place], found[MASS_SUM, place] = gap, mass
             found[TOP_MASS_SUM, place] = top_mass
         found[SUM, place] = exp_block(
-            x, index, pivot_of(m), magic_of(m), e, shared.x, start + c + BLOCK
+            x,
+            index,
+            pivot_of(m, temper),
+            magic_of(m, temper),
+            e,
+            temper,
+            shared.x,
+            start + c + BLOCK,
         )
 
 

@@ -14,14 +14,13 @@ import numpy as np
 from numba import types
 
 from fastloss._numba.arithmetic import (
-    common_magic,
     exponential,
-    highest_of,
     log1p,
     lowest_of,
     magic_of,
     pivot_of,
     power_of,
+    temper_of,
     times,
     tiny_of,
 )
@@ -207,7 +206,7 @@ def exp_tile(tile, skip, e, keep, r, x, later, plan, wide):
     """
     pivot, magic = lanes(tile), lanes(tile)
     num_classes, inner, step = plan.num_classes, plan.inner, plan.step
-    real = tile.dtype.type
+    real, temper = tile.dtype.type, temper_of(plan, tile)
     lowest, highest, value, index = lanes(tile), lanes(tile), lanes(tile), lanes(tile)
     parts = eight_lanes(tile)
     total = lanes(r)
@@ -216,10 +215,8 @@ def exp_tile(tile, skip, e, keep, r, x, later, plan, wide):
     start = o * num_classes * inner + i
     for j in range(LANES):
         m, own = real(r[MAXIMUM + j]), r[OWN + j] != 0.0
-        pivot[j] = pivot_of(m) if own else real(0)
-        magic[j] = magic_of(m) if own else common_magic(tile)
-        lowest[j] = lowest_of(magic[j])
-        highest[j] = np.inf if own else highest_of(tile)
+        pivot[j], magic[j], highest[j] = units_of_row(m, own, tile, temper)
+        lowest[j] = lowest_of(magic[j], temper)
         total[j] = 0.0
     for j in range(LANES):
         index[j] = r[INDEX + j] if skip else -1.0
@@ -233,7 +230,7 @@ def exp_tile(tile, skip, e, keep, r, x, later, plan, wide):
         for j in range(LANES):
             value[j] = below(row[j], highest[j])
         for j in range(LANES):
-            value[j] = exponential(value[j], pivot[j], magic[j], lowest[j])
+            value[j] = exponential(value[j], pivot[j], magic[j], lowest[j], temper)
         for j in range(LANES):
             part[j] += real(0) if index[j] == number else value[j]
         if keep:
@@ -311,7 +308,7 @@ def top_of_tile(tile, r, x, later, plan):
     Meanwhile memory is fetched, as in exp_tile.
     """
     num_classes, inner, step = plan.num_classes, plan.inner, plan.step
-    real = tile.dtype.type
+    real, temper = tile.dtype.type, temper_of(plan, tile)
     pivot, magic, lowest, highest = lanes(tile), lanes(tile), lanes(tile), lanes(tile)
     value, m = lanes(tile), lanes(tile)
     others, top = eight_lanes(tile), eight_lanes(tile)
@@ -319,8 +316,9 @@ def top_of_tile(tile, r, x, later, plan):
     o, i = divmod(later, inner)
     start = o * num_classes * inner + i
     for j in range(LANES):
-        pivot[j], magic[j], highest[j] = units_of_row(real(r[MAXIMUM + j]), r[OWN + j] != 0.0, tile)
-        lowest[j] = lowest_of(magic[j])
+        own = r[OWN + j] != 0.0
+        pivot[j], magic[j], highest[j] = units_of_row(real(r[MAXIMUM + j]), own, tile, temper)
+        lowest[j] = lowest_of(magic[j], temper)
         m[j] = -np.inf
         begin_top(r, j)
     for j in range(EIGHT * LANES):
@@ -336,7 +334,7 @@ def top_of_tile(tile, r, x, later, plan):
         for j in range(LANES):
             value[j] = below(row[j], highest[j])
         for j in range(LANES):
-            value[j] = exponential(value[j], pivot[j], magic[j], lowest[j])
+            value[j] = exponential(value[j], pivot[j], magic[j], lowest[j], temper)
         for j in range(LANES):
             part[j] += below(value[j], part_top[j])
         for j in range(LANES):
@@ -418,7 +416,7 @@ def exp_tile_from_maximum(tile, skip, e, keep, r, x, later, plan):
     """exp_tile in units of each row, and what add_exponentials says."""
     take_units(r, 1.0)
     exp_tile(tile, skip, e, keep, r, x, later, plan, True)
-    add_exponentials(r, LANES, tile)
+    add_exponentials(r, LANES, tile, plan)
 
 
 @inline
@@ -447,7 +445,7 @@ def exp_tile_from_target(tile, e, r, x, later, plan, options, scale):
         r[MAXIMUM + j] = r[MAXIMUM + j] if own else r[TARGET_LOGIT + j]
         r[TOP + j] = r[TARGET_EXP + j]
     if untamed:
-        take_tops(r, tile)
+        take_tops(r, tile, plan)
     return untamed
 
 
@@ -458,13 +456,14 @@ def take_target_exps(e, r, plan):
 
 
 @inline
-def take_tops(r, like):
+def take_tops(r, like, plan):
     """The exponentials of the maxima, of lanes with units of their own."""
+    temper = temper_of(plan, like)
     for j in range(LANES):
         if r[OWN + j] != 0.0:
             m = like.dtype.type(r[MAXIMUM + j])
-            pivot, magic = pivot_of(m), magic_of(m)
-            r[TOP + j] = exponential(m, pivot, magic, lowest_of(magic))
+            pivot, magic = pivot_of(m, temper), magic_of(m, temper)
+            r[TOP + j] = exponential(m, pivot, magic, lowest_of(magic, temper), temper)
 
 
 @inline

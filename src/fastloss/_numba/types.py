@@ -67,6 +67,7 @@ class Plan(NamedTuple):
     step: int  # from a class to the next in the tiles of a unit
     carries: int  # runs of output that may end within a cache line
     numbers: int  # that a thread needs of scratch
+    temper: None = None  # or what exponentials are computed with, at some temperature
 
 
 # The fields of a unit's rows, each LANES numbers in a float64 array.  In:
