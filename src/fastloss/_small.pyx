@@ -14,7 +14,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, int64_t
 
 from fastloss._arguments import Linear, scores_of
-from fastloss._backend import resolve
+from fastloss._backend import _loaded, resolve
 from fastloss._contract import Labels, Options
 from fastloss._threads import MOST_THREADS, PARALLEL_ELEMENTS
 
@@ -22,6 +22,7 @@ cnp.import_array()
 
 cdef Py_ssize_t elements_of_many_threads = PARALLEL_ELEMENTS
 cdef dict defaults = Options._field_defaults
+cdef dict loaded = _loaded
 cdef object no_options = Options()
 cdef object SMALLEST = -(1 << 63), LARGEST = (1 << 63) - 1
 cdef object new_tuple = tuple.__new__  # in a third of the time that a named one takes by name
@@ -36,7 +37,7 @@ def map(str name, bint by_row, logits, axis, out, backend, num_threads):
     ndim = (<cnp.ndarray>logits).ndim - by_row
     if not may_write(out, logits, ndim):
         return None
-    kernels = resolve(backend)
+    kernels = kernels_of(backend)
     result = empty(logits, ndim) if out is None else out
     getattr(kernels, name)(
         rows_of(logits), entries_of(result) if by_row else rows_of(result), 1
@@ -56,7 +57,7 @@ def backward(str name, grad_output, forward, axis, out, backend, num_threads):
         and may_write(out, grad_output, ndim)
     ):
         return None
-    kernels = resolve(backend)
+    kernels = kernels_of(backend)
     result = empty(forward, ndim) if out is None else out
     getattr(kernels, name)(rows_of(grad_output), rows_of(forward), rows_of(result), 1)
     return result
@@ -77,7 +78,7 @@ def loss(
         and (out is None or are_apart(out, target))
     ):
         return None
-    kernels = resolve(backend)
+    kernels = kernels_of(backend)
     x = rows_of(scores)
     total_weight = count_of(target, x.shape[1], chosen[0])
     if total_weight <= 0.0:
@@ -148,6 +149,15 @@ def gradients(out, layer, labels, tuple wanted):
                 return None
         taken.append(array)
     return results
+
+
+cdef object kernels_of(backend):
+    """What `resolve` says, by a look where it would look in the end."""
+    if type(backend) is str:
+        kernels = loaded.get(backend)
+        if kernels is not None:
+            return kernels
+    return resolve(backend)
 
 
 cdef bint is_matrix(array):
