@@ -62,18 +62,21 @@ def _map(operation):
 
 def _loss(variant):
     name, operation = str(variant), variant.operation
-    target = "target, probabilities" if variant.soft else "target"
+    targets = {"loss": ("target",), "binary": ("target, answers",), "scores": ()}
+    target = ("target, probabilities",) if variant.soft else targets[operation.family]
     options = {"reduction": "none", **variant.options}
     function = getattr(fl, f"{operation.name}_with_grad")
-    case = Case(name, function, (operation.scores, target), variant.arrays, options)
+    case = Case(name, function, (operation.scores, *target), variant.arrays, options)
     gradient = "terms" if variant.soft or "label_smoothing" in options else "row"
+    if operation.family == "binary":
+        gradient = "sizes" if "label_smoothing" in options else "value"
     return Operation(case, {f"{name}: loss": "value", f"{name}: gradient": gradient})
 
 
 # Of the losses; what these leave out is part of one of them.
 TITLES = ("", "z_loss", "all", "soft")
 OPERATIONS = {
-    name: _loss(variant) if variant.operation.family == "loss" else _map(variant.operation)
+    name: _loss(variant) if variant.operation.is_loss else _map(variant.operation)
     for name, variant in VARIANTS.items()
     if variant.title in TITLES
 }
@@ -215,7 +218,8 @@ def problem(case, family, layout, dtype, kept):
         name: made[name]() if name in made else cases.INGREDIENTS[name](rng, n, c, dtype)
         for name in case.inputs + case.arrays
     }
-    return tuple(a if name == "weight" else a[:kept] for name, a in arrays.items())
+    of_classes = ("weight", "pos_weight")
+    return tuple(a if name in of_classes else a[:kept] for name, a in arrays.items())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -244,6 +248,8 @@ def unit(answer, measure, case, arrays, dtype):
     size = np.abs(answer.value)
     if measure == "maximum":
         size = np.maximum(size, np.abs(arrays[0].max(axis=1)))
+    elif measure == "sizes":
+        size = answer.allowance / 2
     elif measure == "row":
         size = size.max(axis=1, keepdims=True)
     elif measure == "terms":

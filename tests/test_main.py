@@ -422,7 +422,7 @@ def test_the_exact_loss_is_that_of_all_rows(monkeypatch):
     expected = measure.exact(case, data, rows)
     loss, grad = fl.cross_entropy_with_grad(
         data.logits, data.target, axis=1, weight=data.weight, sample_weight=data.sample_weight,
-        label_smoothing=0.1, z_loss=0.01, normalizer=20.0, backend="numpy",
+        **BY_FUNCTION["cross_entropy"].options, normalizer=20.0, backend="numpy",
     )  # fmt: skip
     assert expected.loss == pytest.approx(loss, rel=1e-14)
     np.testing.assert_allclose(expected.array, measure.pick(grad, 1, rows), rtol=1e-13)

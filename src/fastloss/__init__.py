@@ -16,6 +16,7 @@ from fastloss.binary import (
     sigmoid_focal_loss,
     sigmoid_focal_loss_with_grad,
 )
+from fastloss.distributions import entropy, entropy_with_grad
 from fastloss.functional import (
     log_softmax,
     log_softmax_backward,
@@ -47,6 +48,8 @@ __all__ = [
     "binary_cross_entropy_with_logits_with_grad",
     "cross_entropy",
     "cross_entropy_with_grad",
+    "entropy",
+    "entropy_with_grad",
     "focal_loss",
     "focal_loss_with_grad",
     "get_backend",

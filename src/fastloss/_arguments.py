@@ -254,6 +254,13 @@ def _target(value: ArrayLike, x: Logits, rows: Rows, probabilities: bool) -> np.
     return _of_logits(array, x)
 
 
+def row_labels(x: Logits, sample_weight: ArrayLike | None) -> tuple[Labels, float]:
+    """The same where there is no target."""
+    rows = x.rows
+    s = _sample_weight(sample_weight, rows)
+    return Labels(None, None, s), float(math.prod(rows.shape) if s is None else s.sum())
+
+
 def binary_labels(
     x: Logits,
     target: ArrayLike,

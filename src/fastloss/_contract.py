@@ -23,7 +23,7 @@ memory before they write.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -46,15 +46,15 @@ class Labels(NamedTuple):
     """What scores are held against."""
 
     # (outer, inner), any integer dtype; or probabilities shaped like the scores.  Of binary losses,
-    # shaped like the scores, of any dtype.
-    target: np.ndarray
+    # shaped like the scores, of any dtype.  None where a loss asks for no target.
+    target: Any
     weight: np.ndarray | None  # (C,), float64; of binary losses (2, C): for targets of 1, and of 0
     sample_weight: np.ndarray | None  # (outer, inner), float64
 
     @property
     def soft(self) -> bool:
         """Whether the target holds probabilities: of the dtype of the scores or float32/64."""
-        return self.target.dtype.kind not in "iu"
+        return bool(self.target.dtype.kind not in "iu")
 
 
 class TargetCheck(NamedTuple):
@@ -113,6 +113,8 @@ class Kernels(Protocol):
     def cross_entropy(self) -> Loss: ...
     @property
     def nll_loss(self) -> Loss: ...
+    @property
+    def entropy(self) -> Loss: ...
     @property
     def binary_cross_entropy_with_logits(self) -> Loss: ...
     @property

@@ -54,6 +54,7 @@ log_softmax_backward = _kernels.log_softmax_backward
 check_target = _kernels.check_target
 cross_entropy = _kernels.cross_entropy
 nll_loss = _kernels.nll_loss
+entropy = _kernels.entropy
 binary_cross_entropy_with_logits = _kernels.binary_cross_entropy_with_logits
 sigmoid_focal_loss = _kernels.sigmoid_focal_loss
 most_threads = _kernels.most_threads

@@ -75,6 +75,7 @@ include "_kernels/columns.pxi"
 include "_kernels/shared.pxi"
 include "_kernels/nll.pxi"
 include "_kernels/binary.pxi"
+include "_kernels/entropy.pxi"
 
 
 for _i in range(TEMPER):
@@ -362,7 +363,9 @@ cdef void add_labels(Job* job, labels, options) except *:
     cdef cnp.ndarray target, weight, sample_weight
     target, weight, sample_weight = <tuple>labels
     job.options = options_of(options)
-    if cnp.PyArray_ISINTEGER(target):
+    if target is None:
+        pass
+    elif cnp.PyArray_ISINTEGER(target):
         job.target = cnp.PyArray_BYTES(target)
         job.target_kind = target_kind_of(target)
     else:
@@ -471,6 +474,15 @@ def nll_loss(
 ):
     cdef Job job = job_of_loss(log_probs, labels, options, scale, losses, grad)
     return run_loss(&job, NLL, num_threads)
+
+
+def entropy(
+    cnp.ndarray logits not None, labels not None, options not None, double scale,
+    cnp.ndarray losses, cnp.ndarray grad, int num_threads,
+):
+    cdef Job job = job_of_loss(logits, labels, options, scale, losses, grad)
+    alive = add_temperature(&job)
+    return run_loss(&job, ENTROPY, num_threads)
 
 
 def binary_cross_entropy_with_logits(

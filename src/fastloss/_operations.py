@@ -20,13 +20,15 @@ class Operation(NamedTuple):
     """A public function, and the kernel that computes it."""
 
     name: str
-    family: Literal["map", "backward", "loss", "binary"]  # binary: a loss of every score
+    # A loss of rows and their targets, of scores and theirs, or of the scores of rows alone.
+    family: Literal["map", "backward", "loss", "binary", "scores"]
     inputs: tuple[str, ...]  # arrays, positional; the last but for a target are the scores
     returns: Literal["logits", "rows"]  # one number for every score, or row, unless reduced
     arrays: tuple[str, ...] = ()  # more of them, optional
     options: Mapping[str, float] = _NOTHING  # numbers, optional, and a value of each to try it with
     soft: bool = False  # whether the target may hold probabilities
     by: str | None = None  # the kernel it is an option of; None: the one of the same name
+    reduction: str = "mean"  # unless another is asked for
 
     @property
     def kernel(self) -> str:
@@ -36,7 +38,7 @@ class Operation(NamedTuple):
     @property
     def is_loss(self) -> bool:
         """Whether it is reduced, and comes with NAME_with_grad."""
-        return self.family in ("loss", "binary")
+        return self.family in ("loss", "binary", "scores")
 
     @property
     def scores(self) -> str:
@@ -103,6 +105,10 @@ OPERATIONS = {
             by="cross_entropy",
         ),
         Operation("nll_loss", "loss", ("log_probs", "target"), "rows", _WEIGHTS),
+        Operation(
+            "entropy", "scores", ("logits",), "rows", ("sample_weight",), {"temperature": 0.7},
+            reduction="none",
+        ),
         Operation(
             "binary_cross_entropy_with_logits", "binary", ("logits", "target"), "logits",
             ("pos_weight", *_WEIGHTS), {"label_smoothing": 0.1},

@@ -168,6 +168,23 @@ def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
     return _deliver(loss, row_weight, losses, log_probs)
 
 
+def entropy(logits, labels, options, scale, losses, grad, num_threads):
+    row_weight = _row_weight(
+        np.ones((logits.shape[0], logits.shape[2]), bool), labels.sample_weight
+    )
+    scale = scale / options.temperature
+    x, _, k = _shifted(_mute(logits, row_weight), options.temperature)
+    with np.errstate(all="ignore"):
+        e = np.exp(x)
+        others = _sum_others(e, k)
+        p = e / (1 + others)
+        mean = _sum(_times(p, -x))
+        if grad is not None:
+            g = _times(p, -x - mean)
+            _round_to(grad, np.where(row_weight * scale == 0, 0.0, g * (row_weight * scale)))
+        return _deliver(np.log1p(others) + mean, row_weight, losses, logits)
+
+
 def binary_cross_entropy_with_logits(logits, labels, options, scale, losses, grad, num_threads):
     x, t, positive, negative = _binary(logits, labels, options)
     with np.errstate(all="ignore"):

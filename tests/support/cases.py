@@ -140,7 +140,8 @@ class Case(NamedTuple):
         if not self.is_loss:
             return (self.operation.returns,)
         each = "elements" if self.operation.family == "binary" else "rows"
-        reduced = each if self.options.get("reduction") == "none" else "float"
+        reduction = self.options.get("reduction", self.operation.reduction)
+        reduced = each if reduction == "none" else "float"
         with_grad = self.function.__name__.endswith("_with_grad")
         return (reduced, "logits") if with_grad else (reduced,)
 
@@ -196,6 +197,9 @@ def _cases(operation):
     if operation.family == "binary":
         yield from _binary_cases(operation, function)
         return
+    if operation.family == "scores":
+        yield from _cases_of_scores(operation, function)
+        return
     with_grad = getattr(fl, f"{name}_with_grad")
     hard, signed = operation.inputs, tuple(f"{array}, signed" for array in operation.arrays)
     ignored = operation.scores, "target, some ignored"
@@ -220,6 +224,20 @@ def _cases(operation):
         yield Case(f"{name} soft none", function, soft, (), _NONE)
         yield Case(f"{name} soft grad", with_grad, soft)
         yield Case(f"{name} soft grad all", with_grad, soft, signed, operation.soft_options)
+
+
+def _cases_of_scores(operation, function):
+    """The same, without targets."""
+    name, with_grad = operation.name, getattr(fl, f"{operation.name}_with_grad")
+    signed = tuple(f"{array}, signed" for array in operation.arrays)
+    yield Case(name, function, operation.inputs)
+    yield Case(f"{name} grad", with_grad, operation.inputs)
+    yield Case(f"{name} grad mean", with_grad, operation.inputs, (), {"reduction": "mean"})
+    yield Case(f"{name} grad all", with_grad, operation.inputs, signed, {
+        "reduction": "mean", **operation.options
+    })  # fmt: skip
+    for option, value in operation.options.items():
+        yield Case(f"{name} grad {option}", with_grad, operation.inputs, (), {option: value})
 
 
 def _binary_cases(operation, function):

@@ -346,17 +346,20 @@ def draw(rnd):
 
 def draw_loss(rnd, operation, arguments, wrong, shape, rows, num_classes, memories):
     ignored, binary = -100, operation.family == "binary"
-    if not binary and rnd.random() < 0.3:
+    if operation.family == "loss" and rnd.random() < 0.3:
         ignored = arguments["ignore_index"] = rnd.choice(NUMBERS["ignore_index"][0])
-    if binary:
+    if operation.family == "scores":
+        target = None
+    elif binary:
         target = _answers(rnd, shape)
     elif operation.soft and rnd.random() < 0.3:
         target = _probabilities(rnd, shape)
     else:
         target = _indices(rnd, rows, num_classes, int(ignored))
-    wrapped = wrap(rnd, arrange(rnd, target, memories))
-    # A list of nothing does not say what it is a list of.
-    arguments["target"] = wrapped if target.size else target
+    if target is not None:
+        wrapped = wrap(rnd, arrange(rnd, target, memories))
+        # A list of nothing does not say what it is a list of.
+        arguments["target"] = wrapped if target.size else target
     for weights in operation.arrays:
         weights_shape = rows if weights == "sample_weight" else (num_classes,)
         if rnd.random() < 0.3:
@@ -366,10 +369,11 @@ def draw_loss(rnd, operation, arguments, wrong, shape, rows, num_classes, memori
     for option in (*operation.options, "reduction", "normalizer"):
         if rnd.random() < 0.3:
             arguments[option] = rnd.choice(NUMBERS[option][0])
-    if not binary and target.dtype.kind not in "iu":
+    if operation.family == "loss" and target.dtype.kind not in "iu":
         defaults = Options._field_defaults
         wrong.update(o for o in INDEX_OPTIONS if arguments.get(o, defaults[o]) != defaults[o])
-    if arguments.get("normalizer") is not None and arguments.get("reduction", "mean") != "mean":
+    reduction = arguments.get("reduction", operation.reduction)
+    if arguments.get("normalizer") is not None and reduction != "mean":
         wrong.add("normalizer")
 
 

@@ -200,6 +200,29 @@ def nll_loss_with_grad(
     return _reduce(loss, np.abs(loss), -wt, np.abs(wt), divisor, reduction, normalizer)
 
 
+def entropy(logits, **options):
+    return entropy_with_grad(logits, **options)[:1]
+
+
+def entropy_with_grad(
+    logits, *, temperature=1.0, sample_weight=None, reduction="none", normalizer=None
+):
+    s = np.ones(len(logits), LONG) if sample_weight is None else sample_weight.astype(LONG)
+    heat = LONG(temperature)
+    rows = Rows(np.where(s[:, None] == 0, 0, logits.astype(LONG)) / heat)
+    far = rows.p * rows.distance
+    mean = far.sum(axis=1)
+    slack = 1 + rows.distance / 10 + rows.second[:, None] / 10
+    allowance = (far * slack).sum(axis=1) + rows.log_sum * (1 + rows.second / 10)
+    grad = rows.p * (rows.distance - mean[:, None]) / heat
+    size = (rows.p * (rows.distance + mean[:, None]) * slack / heat).max(axis=1, initial=0)
+    grad_allowance = 2 * np.broadcast_to((np.abs(s) * size)[:, None], grad.shape)
+    return _reduce(
+        s * (rows.log_sum + mean), np.abs(s) * allowance, s[:, None] * grad, grad_allowance,
+        s.sum(), reduction, normalizer,
+    )  # fmt: skip
+
+
 class Elements:
     """What binary losses are made of: softplus and sigmoid of every score, and of minus it."""
 

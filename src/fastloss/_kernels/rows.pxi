@@ -735,5 +735,7 @@ cdef inline void row_unit(
         log_softmax_rows(job, operation, unit, scratch)
     elif is_backward(operation):
         backward_rows(job, operation, unit, scratch)
+    elif operation == ENTROPY:
+        entropy_rows(job, unit, scratch)
     else:
         loss_rows(job, operation, unit, scratch)

@@ -5,7 +5,10 @@
 # order of the blocks: the bits are those of rows that are not shared.
 
 cdef inline bint may_be_shared(const Job* job, Operation operation) noexcept nogil:
-    return job.layout == ROWS and job.group == 1 and job.rows <= LANES and not is_nll(operation)
+    return (
+        job.layout == ROWS and job.group == 1 and job.rows <= LANES
+        and not is_nll(operation) and operation != ENTROPY
+    )
 
 
 cdef inline Stage first_stage(Shared* shared, real* scratch) noexcept nogil:

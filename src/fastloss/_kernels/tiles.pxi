@@ -650,6 +650,8 @@ cdef void tile_unit(
             log_softmax_tile(job, operation, first + lane, tile + lane, untamed, scratch)
         elif is_backward(operation):
             backward_tile(job, operation, tile + lane, other + lane)
+        elif operation == ENTROPY:
+            entropy_tile(job, first + lane, tile + lane, other + lane)
         else:
             loss_tile(job, operation, first + lane, tile + lane, other + lane, untamed)
     if job.out != NULL and writes_rows(operation):

@@ -69,6 +69,7 @@ cdef enum Operation:
     NLL_BACKWARD
     BINARY_CROSS_ENTROPY
     SIGMOID_FOCAL
+    ENTROPY
 
 
 cdef inline bint is_backward(Operation operation) noexcept nogil:
@@ -93,7 +94,7 @@ cdef inline bint is_binary(Operation operation) noexcept nogil:
 cdef inline bint has_losses(Operation operation) noexcept nogil:
     return (
         operation == CROSS_ENTROPY or operation == CROSS_ENTROPY_SOFT or operation == NLL
-        or is_binary(operation)
+        or is_binary(operation) or operation == ENTROPY
     )
 
 

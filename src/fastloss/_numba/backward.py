@@ -136,7 +136,7 @@ def backward_part(g, p, r, kept, buffer, line, first, n, plan):
         return False
     sum_rows(kept, r, OTHERS, n, num_classes)
     f = lanes(kept)
-    unit = unit_of(real(0)) if log_probs else 1.0
+    unit = unit_of(real(0), untempered(kept)) if log_probs else 1.0
     odd = 0
     for i in range(n):
         total = r[OTHERS + i]

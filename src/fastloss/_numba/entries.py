@@ -14,6 +14,7 @@ from fastloss._contract import Labels, Options, TargetCheck
 from fastloss._numba.backward import backward_rows, backward_run, backward_tile
 from fastloss._numba.binary import PART, PARTS, binary_numbers, binary_unit
 from fastloss._numba.columns import load_columns, rows_of, rows_to, store_columns, turned_numbers
+from fastloss._numba.entropy import entropy_rows, entropy_tile
 from fastloss._numba.jit import entry, inline, spliced, typed
 from fastloss._numba.losses import (
     deliver_losses,
@@ -75,6 +76,7 @@ from fastloss._numba.types import (
     CROSS_ENTROPY,
     CROSS_ENTROPY_SOFT,
     DONE,
+    ENTROPY,
     FEW,
     FEWEST_UNITS,
     FIELDS,
@@ -94,6 +96,7 @@ from fastloss._numba.types import (
     MOST_TILES,
     NLL,
     PIECE,
+    ROW_WEIGHT,
     ROWS,
     SHORT_ROW,
     SOFTMAX,
@@ -526,6 +529,46 @@ def nll_backward_share(
 
 
 @entry
+def entropy_share(
+    x, sample_weight, plan, options, scale, losses, out, tiles, rows, turned, fields, partial,
+    units, thread, threads,
+):  # fmt: skip
+    mode = set_float_mode(IEEE)
+    plan = plan_of_share(plan, options)
+    x, out = borrow(x), borrow(out)
+    cooling, wanted = 1.0 / options_of(options).temperature, out.size > 0
+    r = from_line(own_of(fields, thread), FIELDS + plan.carries)
+    scratch = from_line(scratch_of(tiles, rows, thread), plan.numbers)
+    own_turned = own_of(turned, thread)
+    buffer, tile, other = tile_scratch(unless_none(tiles, scratch), plan)
+    x_rows, out_rows = rows_of(x, own_turned, plan.layout), rows_to(out, own_turned, plan.layout)
+    begin_carries(r)
+    for unit in share_of(units, thread, threads):
+        first = unit * plan.group
+        last = min(first + plan.group, plan.rows)
+        load_unit(
+            x, tiles, turned, tile, buffer, own_turned, first, last - first, plan.storage, plan
+        )
+        for start in range(first, last, plan.summed):
+            n = min(plan.summed, last - start)
+            for i in range(LANES):
+                r[ROW_WEIGHT + i] = 0.0
+            read_sample_weights(r, sample_weight, start, n)
+            lane = start - first
+            if tiles is not None:
+                entropy_tile(tile[lane:], other[lane:], r, plan, scale, cooling, wanted)
+            if rows is not None:
+                row = lane if plan.layout == COLUMNS else start
+                entropy_rows(x_rows, out_rows, r, scratch, row, n, plan, scale, cooling, wanted)
+            partial[start // plan.summed] = deliver_losses(r, n, losses, start, scratch)
+        if wanted:
+            store_unit(out, tiles, turned, tile, own_turned, scratch, r, first, last - first, plan)
+    flush_carries(out, r, scratch)
+    end_stream()
+    set_float_mode(mode)
+
+
+@entry
 def binary_share(
     x, target, soft, weight, sample_weight, plan, options, focal, scale, losses, out, scratch,
     partial, units, thread, threads,
@@ -727,6 +770,22 @@ def nll_loss(log_probs, labels, options, scale, losses, grad, num_threads):
     if grad is not None:  # which may be log_probs: not before these were read
         out.fill(0)
         _run(nll_backward_share, (*rows, scale, out, scratch, fields), units, threads)
+    return _total(partial)
+
+
+def entropy(logits, labels, options, scale, losses, grad, num_threads):
+    if scale == 0.0 and grad is not None:
+        return _without_rows(entropy, logits, labels, options, losses, grad, num_threads)
+    plan, units, threads = plan_of(ENTROPY, logits, grad, num_threads)
+    x, partial = _flat(logits), np.empty(-(-plan.rows // plan.summed))
+    real = np.dtype(_compute_dtype(logits))
+    arguments = (
+        x, _or_absent(labels.sample_weight), tuple(plan),
+        (*options, *_temper.temper(options.temperature, real)), scale / options.temperature,
+        *_outputs(logits, losses, grad), *_scratch(logits, plan, threads),
+        _turned(x, plan, threads), _fields(plan, threads), partial,
+    )  # fmt: skip
+    _run(entropy_share, arguments, units, threads)
     return _total(partial)
 
 

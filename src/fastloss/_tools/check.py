@@ -173,9 +173,11 @@ class Problem:
         return {"result": out, "result in place": same}
 
     def _loss(self, kernel: Loss, variant: Variant) -> Arrays:
-        binary = variant.operation.family == "binary"
+        family = variant.operation.family
+        targets = {"loss": self.target, "binary": self.answers, "scores": None}
+        binary = family == "binary"
         labels = Labels(
-            self.answers if binary else self.soft_target if variant.soft else self.target,
+            self.soft_target if variant.soft else targets[family],
             *(
                 getattr(self, name) if name in variant.arrays else None
                 for name in Labels._fields[1:]

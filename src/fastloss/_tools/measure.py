@@ -297,15 +297,18 @@ def _with_grad(variant: Variant) -> Callable[..., Result]:
 
 
 def _arrays(data: Data, variant: Variant) -> list[np.ndarray]:
-    scores, target = variant.operation.inputs
+    arrays = [getattr(data, variant.operation.scores)]
     if variant.operation.family == "binary":
-        target = "answers"
-    return [getattr(data, scores), data.probabilities if variant.soft else getattr(data, target)]
+        arrays.append(data.answers)
+    elif variant.operation.family == "loss":
+        arrays.append(data.probabilities if variant.soft else data.target)
+    return arrays
 
 
 def _keywords(data: Data, variant: Variant) -> dict[str, Any]:
     arrays = {name: getattr(data, name) for name in variant.arrays}
-    return {"axis": data.axis, "normalizer": data.normalizer, **arrays, **variant.options}
+    how = {"axis": data.axis, "reduction": "mean", "normalizer": data.normalizer}
+    return {**how, **arrays, **variant.options}
 
 
 def _upstream_terms(operation: Operation) -> Callable[[Data], np.ndarray]:
