@@ -307,7 +307,9 @@ def _arrays(data: Data, variant: Variant) -> list[np.ndarray]:
 
 def _keywords(data: Data, variant: Variant) -> dict[str, Any]:
     arrays = {name: getattr(data, name) for name in variant.arrays}
-    how = {"axis": data.axis, "reduction": "mean", "normalizer": data.normalizer}
+    # The mean over a sample is to be divided by as much as that over the whole.
+    each = data.shape[data.axis] if variant.operation.family == "binary" else 1
+    how = {"axis": data.axis, "reduction": "mean", "normalizer": data.normalizer * each}
     return {**how, **arrays, **variant.options}
 
 

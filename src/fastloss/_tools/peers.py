@@ -34,13 +34,34 @@ class Peer(NamedTuple):
 
 
 def _torch(case: measure.Case, data: measure.Data, threads: int) -> Bound:
-    """Cross-entropy and backward, as in a training step: the gradient starts at None."""
+    """A loss and backward, as in a training step: the gradient starts at None."""
     return _torch_loss("torch.nn.functional", case, data, threads)
 
 
 def _adapter(case: measure.Case, data: measure.Data, threads: int) -> Bound:
     """The same with our own function in the place of PyTorch's."""
     return _torch_loss("fastloss.torch", case, data, threads)
+
+
+# With the classes along dimension 1; what PyTorch does not have, as users write it.
+_TORCH_LOSSES: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "cross_entropy_with_grad": lambda F, scores, target: F.cross_entropy(scores, target),
+    "focal_loss_with_grad": lambda F, scores, target: _focal_by_hand(F, scores, target),
+    "entropy_with_grad": lambda F, scores, target: _entropy_by_hand(F, scores),
+    "binary_cross_entropy_with_logits_with_grad": lambda F, scores, target: (
+        F.binary_cross_entropy_with_logits(scores, target)
+    ),
+}
+
+
+def _focal_by_hand(F: Any, scores: Any, target: Any) -> Any:
+    log_p = F.log_softmax(scores, 1).gather(1, target.unsqueeze(1))
+    return -((1 - log_p.exp()) ** 2 * log_p).mean()
+
+
+def _entropy_by_hand(F: Any, scores: Any) -> Any:
+    log_p = F.log_softmax(scores, 1)
+    return -(log_p.exp() * log_p).sum(1).mean()
 
 
 def _torch_loss(module: str, case: measure.Case, data: measure.Data, threads: int) -> Bound:
@@ -57,13 +78,17 @@ def _torch_loss(module: str, case: measure.Case, data: measure.Data, threads: in
         function = getattr(torch, case.operation)
         return _map(functools.partial(function, logits, data.axis), data, torch.Tensor.double)
     logits.requires_grad_()
-    target = torch.from_numpy(data.target)
     # The classes are axis 1 there: a view, as a user of torch would have it.
     scores = logits if data.axis == 1 else logits.movedim(data.axis, 1)
+    target = torch.from_numpy(data.target)
+    if case.operation.startswith("binary"):
+        answers = torch.from_numpy(data.answers).to(logits.dtype)
+        target = answers if data.axis == 1 else answers.movedim(data.axis, 1)
+    loss_of = _TORCH_LOSSES[case.operation]
 
     def call() -> Any:
         logits.grad = None
-        loss = functional.cross_entropy(scores, target)
+        loss = loss_of(functional, scores, target)
         loss.backward()
         return loss
 
@@ -146,6 +171,14 @@ def _plain(case: measure.Case) -> bool:
     return case.operation == "cross_entropy_with_grad"
 
 
+def _torch_has(case: measure.Case) -> bool:
+    return case.operation in _TORCH_LOSSES
+
+
+def _torch_has_or_map(case: measure.Case) -> bool:
+    return _torch_has(case) or case.operation in _MAPS
+
+
 def _plain_or_map(case: measure.Case) -> bool:
     return _plain(case) or case.operation in _MAPS
 
@@ -161,8 +194,8 @@ def _real_rows(case: measure.Case) -> bool:
 
 
 PEERS = {
-    "torch": Peer("torch", "torch", _torch, _plain_or_map),
-    "torch-malloc": Peer("torch", "torch", _torch, _plain, _KEEP),
+    "torch": Peer("torch", "torch", _torch, _torch_has_or_map),
+    "torch-malloc": Peer("torch", "torch", _torch, _torch_has, _KEEP),
     "fastloss.torch": Peer("torch", "torch", _adapter, _plain),
     "jax": Peer("jax", "jax", _jax, _plain_or_map),
     "scipy": Peer("scipy", "scipy", _scipy, _numpy_map),
