@@ -95,6 +95,14 @@ def test_the_mean_is_that_of_elements(backend):
     assert mean == pytest.approx((losses * w * s[:, None]).sum() / (4 * s.sum()))
 
 
+@pytest.mark.parametrize("n", [3, 1500])
+def test_a_sum_beyond_the_range_of_its_terms(n, backend):
+    x, t = np.full(n, 3e38, np.float32), np.zeros(n, bool)
+    for reduction, right in (("mean", 3e38), ("sum", 3e38 * n)):
+        loss, _ = BCE(x, t, reduction=reduction, backend=backend)
+        assert loss == pytest.approx(right, rel=1e-6)
+
+
 @pytest.mark.parametrize("function", [BCE, FOCAL])
 def test_nothing_to_count(function, backend):
     empty = np.zeros((0, 3), np.float32)

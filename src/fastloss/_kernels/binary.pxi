@@ -200,14 +200,21 @@ cdef inline double binary_part(
 
 
 cdef inline double sum_part(const real* loss) noexcept nogil:
+    """In float64 where it leaves the range of the losses."""
     cdef real lane[CHUNK]
+    cdef double total
     cdef Py_ssize_t i, j
     for j in range(CHUNK):
         lane[j] = 0
     for i in range(PART // CHUNK):
         for j in range(CHUNK):
             lane[j] += loss[i * CHUNK + j]
-    return fold(lane)
+    total = fold(lane)
+    if not is_finite(total):
+        total = 0.0
+        for i in range(PART):
+            total += loss[i]
+    return total
 
 
 cdef void binary_unit(

@@ -6,6 +6,8 @@ An element's bits do not depend on what lies around it: all is taken in CHUNK, o
 filled up.  Scratch: parts of scores, targets, weights and losses, and a unit's gradients.
 """
 
+import numpy as np
+
 from fastloss._numba.arithmetic import (
     exponential,
     log1p,
@@ -200,10 +202,16 @@ def binary_part(
 
 @inline
 def sum_part(loss):
+    """In float64 where it leaves the range of the losses."""
     lane = lanes(loss)
     for j in range(CHUNK):
         lane[j] = 0.0
     for i in range(0, loss.size, CHUNK):
         for j in range(CHUNK):
             lane[j] += loss[i + j]
-    return fold(lane)
+    total = fold(lane)
+    if total - total != 0:
+        total = 0.0
+        for i in range(loss.size):
+            total += np.float64(loss[i])
+    return total
