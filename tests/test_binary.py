@@ -95,6 +95,15 @@ def test_the_mean_is_that_of_elements(backend):
     assert mean == pytest.approx((losses * w * s[:, None]).sum() / (4 * s.sum()))
 
 
+def test_weights_that_cancel_hide_no_nan(backend):
+    """They do where a target is undecided and pos_weight is -1."""
+    x, t = np.array([[NAN, 1.0, -2.0]]), np.full((1, 3), 0.5)
+    loss, grad = BCE(x, t, pos_weight=-1.0, reduction="none", backend=backend)
+    assert np.isnan([loss[0, 0], grad[0, 0]]).all()
+    np.testing.assert_allclose(loss[0, 1:], [0.5, -1.0])  # x / 2
+    np.testing.assert_allclose(grad[0, 1:], [0.5, 0.5])
+
+
 @pytest.mark.parametrize("n", [3, 1500])
 def test_a_sum_beyond_the_range_of_its_terms(n, backend):
     x, t = np.full(n, 3e38, np.float32), np.zeros(n, bool)

@@ -119,7 +119,7 @@ cdef inline void binary_cross_entropy_chunk(
     sigmoid_chunk(x, large, small, log)
     for j in range(CHUNK):
         yes, no = positive[j] * t[j], negative[j] * (<real>1.0 - t[j])
-        loss[j] = times(yes + no, log[j]) * power + (
+        loss[j] = (times(yes, log[j]) + times(no, log[j])) * power + (
             times(yes, positive_part(-x[j])) + times(no, positive_part(x[j])))
         yes, no = -scale * yes, scale * no
         g[j] = times(no if x[j] > 0 else yes, large[j]) + (

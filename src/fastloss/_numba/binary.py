@@ -110,7 +110,7 @@ def binary_cross_entropy_chunk(x, t, positive, negative, scale, loss, g):
     for j in range(CHUNK):
         yes, no = positive[j] * t[j], negative[j] * (one - t[j])
         rest = times(yes, positive_part(-x[j], zero)) + times(no, positive_part(x[j], zero))
-        loss[j] = times(yes + no, log[j]) * power + rest
+        loss[j] = (times(yes, log[j]) + times(no, log[j])) * power + rest
         yes, no = -scale * yes, scale * no
         above, below = (no, yes) if x[j] > zero else (yes, no)
         g[j] = times(above, large[j]) + times(below, small[j]) * power
