@@ -204,6 +204,10 @@ def _cases(operation):
     hard, signed = operation.inputs, tuple(f"{array}, signed" for array in operation.arrays)
     ignored = operation.scores, "target, some ignored"
     everything = {"ignore_index": IGNORED, **operation.options}
+    if operation.by:  # a step of another kernel, whose cases reach the rest
+        yield Case(f"{name} grad none", with_grad, hard, (), _NONE)
+        yield Case(f"{name} grad all", with_grad, ignored, signed, everything)
+        return
     yield Case(name, function, hard)
     yield Case(f"{name} all none", function, ignored, signed, {**everything, **_NONE})
     yield Case(f"{name} grad none", with_grad, hard, (), _NONE)
@@ -230,34 +234,19 @@ def _cases_of_scores(operation, function):
     """The same, without targets."""
     name, with_grad = operation.name, getattr(fl, f"{operation.name}_with_grad")
     signed = tuple(f"{array}, signed" for array in operation.arrays)
-    yield Case(name, function, operation.inputs)
     yield Case(f"{name} grad", with_grad, operation.inputs)
-    yield Case(f"{name} grad mean", with_grad, operation.inputs, (), {"reduction": "mean"})
-    yield Case(f"{name} grad all", with_grad, operation.inputs, signed, {
-        "reduction": "mean", **operation.options
-    })  # fmt: skip
-    for option, value in operation.options.items():
-        yield Case(f"{name} grad {option}", with_grad, operation.inputs, (), {option: value})
+    everything = {"reduction": "mean", **operation.options}
+    yield Case(f"{name} grad all", with_grad, operation.inputs, signed, everything)
 
 
 def _binary_cases(operation, function):
     """The same, of targets of 0 and 1 and of those between them."""
     name, with_grad = operation.name, getattr(fl, f"{operation.name}_with_grad")
-    answers, likely = "target, answers", "target, likely answers"
     signed = tuple(f"{array}, signed" for array in operation.arrays)
-    yield Case(name, function, ("logits", answers))
-    yield Case(f"{name} all none", function, ("logits", likely), signed, {
-        **operation.options, **_NONE
-    })  # fmt: skip
-    yield Case(f"{name} grad", with_grad, ("logits", likely))
-    yield Case(f"{name} grad none", with_grad, ("logits", answers), (), _NONE)
-    yield Case(f"{name} grad all", with_grad, ("logits", answers), signed, operation.options)
-    for array in operation.arrays:
-        yield Case(f"{name} grad {array}", with_grad, ("logits", answers), (array,))
-    for option, value in operation.options.items():
-        yield Case(
-            f"{name} grad {option}", with_grad, ("logits", likely), (), {option: value, **_NONE}
-        )
+    everything = {**operation.options, **_NONE}
+    likely = ("logits", "target, likely answers")
+    yield Case(f"{name} all none", function, likely, signed, everything)
+    yield Case(f"{name} grad", with_grad, ("logits", "target, answers"))
 
 
 _CE_GRAD, _HARD = fl.cross_entropy_with_grad, ("logits", "target")

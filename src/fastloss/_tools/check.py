@@ -225,7 +225,7 @@ class Problem:
             else:
                 bound = g + p * g.sum(axis=1, keepdims=True)
             return unit * np.broadcast_to(bound.max(axis=1, keepdims=True), size.shape)
-        if VARIANTS[operation].operation.family == "binary":
+        if operation in VARIANTS and VARIANTS[operation].operation.family == "binary":
             # Of weights up to 4; where targets are smoothed two terms may cancel.
             if output.startswith("gradient"):
                 return unit * np.full(size.shape, 4 * _SCALE)

@@ -298,12 +298,9 @@ def _check(
     numbers = _arguments.options(ignore_index, label_smoothing, z_loss=z_loss)
     divisor = _arguments.reduction(reduction, normalizer).normalizer
     options = Options(
-        **numbers._asdict(),
-        normalizer=divisor,
-        name="cross_entropy",
-        reduction=reduction,
-        backend=backend,
-    )
+        numbers.label_smoothing, numbers.z_loss, divisor, "cross_entropy", numbers.ignore_index,
+        reduction, backend,
+    )  # fmt: skip
     _backend.resolve(backend)
     scores = _matrix(logits_shard.detach(), target.numel())
     return _Shard(scores, target.to(torch.int64).reshape(-1), start, shape, options)
